@@ -1,0 +1,46 @@
+# Two commands matter: `make book` and `make test`. The README says what the variables do.
+PYTHON ?= python3
+TORCH ?= torch
+CONSTRAINTS ?= $(CURDIR)/constraints.txt
+NAME ?=
+export TORCH CONSTRAINTS
+
+RUN := .venv/bin/python
+PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
+NEED_NAME = $(if $(NAME),,$(error say which chapter, for example: make $@ NAME=conditional_norm))
+
+.PHONY: book test test-all notebooks reproduce bench faults lint clean book-env dev-env
+
+book: book-env
+	$(RUN) book/render.py
+
+test: dev-env book lint
+	$(PYTEST) -m "not slow"
+
+test-all: dev-env book lint
+	$(PYTEST) -m ""
+
+notebooks: dev-env
+	$(RUN) book/twins.py $(NAME)
+
+reproduce: dev-env
+	$(NEED_NAME)$(RUN) -m experiments.$(NAME)
+
+bench: dev-env
+	$(NEED_NAME)$(RUN) -m benchmarks.$(NAME)
+
+faults: dev-env
+	$(PYTEST) --dist load -m "" tests/test_planted_faults.py $(if $(NAME),-k $(NAME))
+
+lint: dev-env
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf .venv _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+book-env:
+	@$(PYTHON) bootstrap.py book
+
+dev-env:
+	@$(PYTHON) bootstrap.py dev

@@ -1,0 +1,67 @@
+"""What the suite shares: real data or a clear skip, run-time shape checks, no network.
+
+It stands at the root because it must hold for the notebooks too.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+ROOT = Path(__file__).parent
+KERNEL_START = ROOT / "tests/kernel_start"
+
+# Notebook kernels and other child processes import the same tree as the suite, refuse every
+# connection but the loopback, and check shapes at run time (tests/kernel_start/sitecustomize.py).
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(KERNEL_START)])
+os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: more threads only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture
+def unchecked():
+    """Bad input as users meet it: our own errors, not those of the run-time shape checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The package as people install it, built from a copy so that the tree stays clean."""
+    folder = tmp_path_factory.mktemp("source")
+    leave = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "cln_tutorial", folder / "cln_tutorial", ignore=leave)
+    for name in ["pyproject.toml", "README.md", "LICENSE"]:
+        shutil.copy(ROOT / name, folder)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-m", "build", str(folder)]
+    subprocess.run(command, check=True, capture_output=True, env=env)
+    return next((folder / "dist").glob("*.whl"))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker("notebook")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("data") and "CLN_TUTORIAL_DATA" not in os.environ:
+        pytest.skip("set CLN_TUTORIAL_DATA to the folder of the real data sets")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Where the data are, a test that needs them must run: a skip is a failure."""
+    report = yield
+    there = "CLN_TUTORIAL_DATA" in os.environ
+    if report.skipped and there and item.get_closest_marker("data"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped although CLN_TUTORIAL_DATA is set: {report.longrepr}"
+    return report

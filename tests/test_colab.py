@@ -1,0 +1,70 @@
+"""Colab, without Colab: a notebook alone, in an environment that has nothing of ours.
+
+The first cell of the notebook finds the package missing and installs it; here the wheel is offered
+through a local folder. Nothing that was installed before may change its version.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import venv
+
+import pytest
+
+from book import twins
+
+# What Colab has of our dependencies, in other versions than constraints.txt pins where they exist.
+# torch is not listed: its builds are large, so the test takes the very version of the suite.
+COLAB = [
+    "numpy<2.4", "scipy<1.17", "matplotlib<3.11", "scikit-learn<1.9", "safetensors<0.8",
+    "tqdm<4.70", "ipykernel<7.4", "nbclient",
+]  # fmt: skip
+
+
+def versions(python):
+    listed = subprocess.run(
+        [python, "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True
+    )
+    return {p["name"].lower(): p["version"] for p in json.loads(listed.stdout)}
+
+
+@pytest.fixture
+def colab(wheel, tmp_path_factory):
+    """An interpreter with Colab's packages and, in a folder, the wheel."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("colab")
+    venv.create(folder / "env", with_pip=True)
+    python = str(folder / "env/bin/python")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    packages = [f"torch=={torch.__version__.split('+')[0]}", *COLAB]
+    install = [python, "-m", "pip", "install", "-qq", *packages]
+    subprocess.run(install, check=True, capture_output=True, env=env)
+    yield python, {**env, "PIP_FIND_LINKS": find_links(wheel.parent)}
+    shutil.rmtree(folder / "env")
+
+
+def find_links(folder):
+    return " ".join(filter(None, [str(folder), os.environ.get("PIP_FIND_LINKS")]))
+
+
+@pytest.mark.notebook
+def test_the_notebooks_run_alone_and_change_no_package_that_was_there(colab, tmp_path):
+    python, env = colab
+    before = versions(python)
+    assert "cln-tutorial" not in before
+
+    for name in twins.pages():
+        empty = tmp_path / name
+        empty.mkdir()
+        shutil.copy(twins.twin_path(name), empty)
+        code = (
+            "import nbformat, nbclient;"
+            f"nbclient.NotebookClient(nbformat.read('{name}.ipynb', 4), timeout=300).execute()"
+        )
+        subprocess.run([python, "-c", code], cwd=empty, env=env, check=True)
+
+    after = versions(python)
+    assert after["cln-tutorial"] == twins.version()
+    assert {name: after[name] for name in before} == before

@@ -1,0 +1,532 @@
+"""`cln_tutorial.datasets` against made files on a local server, and against the real sets."""
+
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+from collections import Counter
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cln_tutorial import datasets
+
+# Leaks, repeats and contradictions on purpose: by white space (U+3000 too), by case, across valid
+# and test; U+2028 is a separator of Unicode and no end of a line.
+REVIEWS = {
+    "train": "好\t1\n  好 \t1\n坏\t0\n混\t0\n混\t1\nMixed Case\t1\nmixed case\t1\n两\u2028行\t0\n",
+    "valid": "\u3000好\t1\n新\t1\n新 \t1\n争\t0\n",
+    "test": "争\t1\nMIXED case\t1\n旧\t0\n混\t0\n",
+}
+SENTENCES = {
+    "dev.0": "awful .\nthis place !\n",
+    "dev.1": "lovely .\nthis place !\n",
+    "test.0": "cold food .\nawful .\ncold food .\nnever read .\n",
+    "test.1": "warm food .\nlovely .\nso so .\nnever read either .\n",
+}
+# What is left when a text counts once, without white space at its ends, without capitals.
+CLEAN_REVIEWS = (("好", "坏", "mixed case", "两\u2028行"), [1, 0, 1, 0]), (("新", "旧"), [1, 0])
+
+
+def zip_of(texts):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for part, text in texts.items():  # ZipInfo: a fixed date, hence the same bytes in a child
+            archive.writestr(zipfile.ZipInfo(f"folder/reviews.{part}"), text)
+    return buffer.getvalue()
+
+
+ZIP = zip_of(REVIEWS)
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def reviews_at(url, content=ZIP):
+    """The entry of the table for the made reviews, three files of one archive."""
+    files = tuple(
+        datasets._File(
+            local=f"reviews.{part}.gz",
+            sha256=sha256(text.encode()),
+            url=f"{url}/reviews.zip",
+            url_sha256=sha256(content),
+            member=f"reviews.{part}",
+        )
+        for part, text in REVIEWS.items()
+    )
+    return datasets._Set(files, datasets._parse_sentiment_zh, licence="none", source="this test")
+
+
+def sentences_at(url):
+    """The entry for the made sentences, of whose test files the first three lines are used."""
+    files = tuple(
+        datasets._File(
+            local=f"{part}.gz",
+            sha256=sha256("".join(text.splitlines(keepends=True)[:3]).encode()),
+            url=f"{url}/{part}",
+            url_sha256=sha256(text.encode()),
+            head=3 if part.startswith("test") else None,
+        )
+        for part, text in SENTENCES.items()
+    )
+    return datasets._Set(files, datasets._parse_yelp_short, licence="none", source="this test")
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files`, in two halves between which `behaviour` decides; `asked` lists the paths."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = {"/reviews.zip": ZIP, **{f"/{k}": v.encode() for k, v in SENTENCES.items()}}
+        self.behaviour, self.asked = "good", []
+        self.half_sent, self.released = threading.Event(), threading.Event()
+        self.two_are_here = threading.Barrier(2)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, path = self.server, self.path.removeprefix("/moved")
+        behaviour = server.behaviour
+        server.asked.append(self.path)
+        if path not in server.files:
+            self.send_error(404)
+            return
+        if behaviour == "redirect" and path == self.path:
+            self.send_response(302)
+            self.send_header("Location", f"/moved{path}")
+            self.end_headers()
+            return
+        content = server.files[path]
+        middle = len(content) // 2
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:middle])
+        self.wfile.flush()
+        server.half_sent.set()
+        if behaviour == "stall":
+            server.released.wait(20)
+        if behaviour == "meet":
+            server.two_are_here.wait(20)
+        if behaviour not in ("cut", "stall"):
+            self.wfile.write(content[middle:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, no local folder, no proxy, no waiting between two tries."""
+    monkeypatch.setenv("CLN_TUTORIAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CLN_TUTORIAL_DATA", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def server(cache, monkeypatch):
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setitem(datasets._SETS, "reviews", reviews_at(server.url))
+        monkeypatch.setitem(datasets._SETS, "sentences", sentences_at(server.url))
+        yield server
+        server.released.set()
+        server.shutdown()
+
+
+@pytest.fixture
+def local(server, tmp_path, monkeypatch):
+    """A folder as $CLN_TUTORIAL_DATA may name it, with the made reviews."""
+    folder = tmp_path / "data"
+    (folder / "reviews").mkdir(parents=True)
+    for part, text in REVIEWS.items():
+        (folder / f"reviews/reviews.{part}.gz").write_bytes(gzip.compress(text.encode()))
+    monkeypatch.setenv("CLN_TUTORIAL_DATA", str(folder))
+    return folder / "reviews"
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def content_of(split):
+    return split.texts, split.labels.tolist()
+
+
+def child(url, **options):
+    """Another process that loads the made reviews from `url`."""
+    code = (
+        "from tests.test_datasets import datasets, reviews_at\n"
+        f"datasets._SETS['reviews'] = reviews_at({url!r})\n"
+        "assert len(datasets.load('reviews', progress=False).train.texts) == 4\n"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], **pipes, **options)
+
+
+# ---------------------------------------------------------------- what a set holds after cleaning
+
+
+def test_repeats_contradictions_and_leaks_are_removed_and_counted(server):
+    loaded = datasets.load("reviews", progress=False)
+    assert (content_of(loaded.train), content_of(loaded.held_out)) == CLEAN_REVIEWS
+    assert loaded.train.labels.dtype == loaded.held_out.labels.dtype == np.int64
+    assert loaded.removed == {
+        "train rows that repeat an earlier train text": 3,
+        "train texts with both labels": 1,
+        "held-out rows that repeat an earlier held-out text": 2,
+        "held-out texts that are in train": 3,
+        "held-out texts with both labels": 1,
+    }
+
+
+def test_only_the_first_lines_of_a_file_with_a_head_are_used(server):
+    loaded = datasets.load("sentences", progress=False)
+    assert content_of(loaded.train) == (("awful .", "lovely ."), [0, 1])
+    assert content_of(loaded.held_out) == (("cold food .", "warm food .", "so so ."), [0, 1, 1])
+
+
+@given(
+    train=st.lists(st.tuples(st.text("aA ", max_size=2), st.integers(0, 1))),
+    held_out=st.lists(st.tuples(st.text("aA ", max_size=2), st.integers(0, 1))),
+)
+def test_kept_and_removed_add_up_and_no_text_is_on_both_sides(train, held_out):
+    about = {"name": "", "licence": "", "source": "", "sha256": {}, "class_names": ()}
+    cleaned = datasets._clean(train, held_out, **about)
+    texts = cleaned.train.texts + cleaned.held_out.texts
+    assert len(set(texts)) == len(texts)
+    assert len(texts) + sum(cleaned.removed.values()) == len(train) + len(held_out)
+    for side, rows in ((cleaned.train, train), (cleaned.held_out, held_out)):
+        for text, label in zip(side.texts, side.labels, strict=True):
+            assert {y for t, y in rows if t.strip().lower() == text} == {label}
+
+
+def test_a_printed_set_says_what_it_is_and_what_was_removed(server):
+    lines = str(datasets.load("reviews", progress=False)).splitlines()
+    assert lines[0] == "reviews: 4 train and 2 held-out texts, classes negative, positive"
+    assert "removed: 3 held-out texts that are in train" in lines
+    assert lines[-2:] == ["licence: none", "source: this test"]
+
+
+def test_the_digest_of_every_source_file_is_reported(server):
+    assert datasets.load("reviews", progress=False).sha256 == {
+        f"reviews.{part}.gz": sha256(text.encode()) for part, text in REVIEWS.items()
+    }
+
+
+# ---------------------------------------------------------------- where a file is sought
+
+
+def test_three_members_of_one_archive_are_downloaded_once_and_a_second_load_asks_nobody(
+    server, cache
+):
+    first = datasets.load("reviews", progress=False)
+    second = datasets.load("reviews", progress=False)
+    assert server.asked == ["/reviews.zip"]
+    assert files_in(cache) == ["reviews.zip"]
+    assert content_of(first.train) == content_of(second.train)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_the_local_folder_comes_first_and_neither_cache_nor_server_is_touched(
+    server, cache, local, suffix, monkeypatch
+):
+    if suffix == ".xz":
+        for path in list(local.iterdir()):
+            content = gzip.decompress(path.read_bytes())
+            path.with_suffix(".xz").write_bytes(lzma.compress(content))
+            path.unlink()
+        entry = datasets._SETS["reviews"]
+        files = tuple(replace(f, local=f.local.replace(".gz", ".xz")) for f in entry.files)
+        monkeypatch.setitem(datasets._SETS, "reviews", replace(entry, files=files))
+    loaded = datasets.load("reviews", progress=False)
+    assert (content_of(loaded.train), content_of(loaded.held_out)) == CLEAN_REVIEWS
+    assert server.asked == []
+    assert not cache.exists()
+
+
+def test_a_head_that_is_stored_locally_needs_no_whole_file(server, local, tmp_path):
+    (tmp_path / "data/sentences").mkdir()
+    for part, text in SENTENCES.items():
+        head = "".join(text.splitlines(keepends=True)[:3]).encode()
+        (tmp_path / f"data/sentences/{part}.gz").write_bytes(gzip.compress(head))
+    assert len(datasets.load("sentences", progress=False).held_out.texts) == 3
+    assert server.asked == []
+
+
+def test_a_damaged_local_file_is_an_error_even_if_the_cache_has_a_good_one(
+    server, local, monkeypatch
+):
+    monkeypatch.delenv("CLN_TUTORIAL_DATA")
+    datasets.load("reviews", progress=False)
+    monkeypatch.setenv("CLN_TUTORIAL_DATA", str(local.parent))
+    (local / "reviews.valid.gz").write_bytes(gzip.compress(b"something else\t1\n"))
+    with pytest.raises(OSError, match=r"data/reviews/reviews\.valid\.gz holds the wrong content"):
+        datasets.load("reviews", progress=False)
+
+
+def test_a_file_that_the_local_folder_lacks_comes_from_the_server(server, local):
+    (local / "reviews.valid.gz").unlink()
+    loaded = datasets.load("reviews", progress=False)
+    assert (content_of(loaded.train), content_of(loaded.held_out)) == CLEAN_REVIEWS
+    assert server.asked == ["/reviews.zip"]
+
+
+def test_a_damaged_file_in_the_cache_is_downloaded_again(server, cache):
+    datasets.load("reviews", progress=False)
+    (cache / "reviews/reviews.zip").write_bytes(ZIP[:-10])
+    datasets.load("reviews", progress=False)
+    assert server.asked == ["/reviews.zip"] * 2
+    assert (cache / "reviews/reviews.zip").read_bytes() == ZIP
+
+
+def test_a_redirect_is_followed(server):
+    server.behaviour = "redirect"
+    datasets.load("reviews", progress=False)
+    assert server.asked == ["/reviews.zip", "/moved/reviews.zip"]
+
+
+# ---------------------------------------------------------------- what can go wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "sentiment_cn",
+            r"no data set 'sentiment_cn'; did you mean 'sentiment_zh'\? Available are",
+        ),
+        ("Yelp", r"did you mean 'yelp_short'\?"),
+        ("", r"no data set ''\. Available are .*sentiment_zh, yelp_short"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest_and_all_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        datasets.load(name)
+
+
+def test_a_name_that_is_no_string_is_refused(unchecked):
+    with pytest.raises(TypeError, match=r"`name` must be a string, one of .*; got 3"):
+        datasets.load(3)
+
+
+def test_a_download_with_the_wrong_checksum_is_refused_and_not_kept(server, cache):
+    server.files["/reviews.zip"] = wrong = zip_of({**REVIEWS, "test": "other\t1\n"})
+    message = rf"/reviews\.zip serves the wrong file.*{sha256(ZIP)}.*{sha256(wrong)}"
+    with pytest.raises(OSError, match=message):
+        datasets.load("reviews", progress=False)
+    assert files_in(cache) == []
+
+
+def test_an_archive_with_the_right_checksum_and_wrong_content_is_refused(server, monkeypatch):
+    server.files["/reviews.zip"] = wrong = zip_of({**REVIEWS, "test": "other"})
+    monkeypatch.setitem(datasets._SETS, "reviews", reviews_at(server.url, wrong))
+    message = f"should be {sha256(REVIEWS['test'].encode())}, got {sha256(b'other')}"
+    with pytest.raises(OSError, match=message):
+        datasets.load("reviews", progress=False)
+
+
+@pytest.mark.parametrize(
+    "damaged", [ZIP[: len(ZIP) // 2], b"no archive", zip_of({"train": REVIEWS["train"]})]
+)
+def test_an_archive_that_is_truncated_or_lacks_a_member_is_named(server, damaged, monkeypatch):
+    server.files["/reviews.zip"] = damaged
+    monkeypatch.setitem(datasets._SETS, "reviews", reviews_at(server.url, damaged))
+    with pytest.raises(OSError, match=r"cache/reviews/reviews\.zip is truncated, damaged or not"):
+        datasets.load("reviews", progress=False)
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "text"])
+def test_a_local_file_that_cannot_be_unpacked_is_named(local, damage):
+    path = local / "reviews.train.gz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    damaged = {"cut": path.read_bytes()[:-12], "bit": bytes(content), "text": b"no archive"}
+    path.write_bytes(damaged[damage])
+    with pytest.raises(OSError, match=r"data/reviews/reviews\.train\.gz is truncated, damaged or"):
+        datasets.load("reviews", progress=False)
+
+
+def test_a_cut_connection_is_tried_three_times_and_leaves_nothing(server, cache):
+    server.behaviour = "cut"
+    with pytest.raises(ConnectionError, match=rf"cannot download {server.url}/reviews\.zip"):
+        datasets.load("reviews", progress=False)
+    assert server.asked == ["/reviews.zip"] * 3
+    assert files_in(cache) == []
+
+
+def test_a_connection_that_is_cut_once_does_no_harm(server, monkeypatch):
+    server.behaviour = "cut"
+
+    def mend(seconds):
+        server.behaviour = "good"
+
+    monkeypatch.setattr("pooch.core.time.sleep", mend)
+    datasets.load("reviews", progress=False)
+    assert server.asked == ["/reviews.zip"] * 2
+
+
+def test_a_server_that_falls_silent_is_given_up(server, cache, monkeypatch):
+    server.behaviour = "stall"
+    monkeypatch.setattr(datasets, "_TIMEOUT", (1, 0.1))
+    with pytest.raises(ConnectionError, match="timed out"):
+        datasets.load("reviews", progress=False)
+    assert files_in(cache) == []
+
+
+def test_without_a_server_the_error_names_the_url_and_the_variable(cache, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setitem(datasets._SETS, "reviews", reviews_at(url))
+    message = (
+        rf"cannot download {url}/reviews\.zip .*set \$CLN_TUTORIAL_DATA to a folder that holds "
+        r"reviews/reviews\.train\.gz \(it is not set\)"
+    )
+    with pytest.raises(ConnectionError, match=message):
+        datasets.load("reviews", progress=False)
+    assert files_in(cache) == []
+
+
+def test_a_file_that_neither_the_folder_nor_the_server_has_names_both(server, local):
+    (local / "reviews.valid.gz").unlink()
+    server.files.clear()
+    message = rf"404.*reviews/reviews\.valid\.gz \({local.parent} does not\)"
+    with pytest.raises(ConnectionError, match=message):
+        datasets.load("reviews", progress=False)
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_variable(server, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()  # below a file nobody can write, not even root
+    monkeypatch.setenv("CLN_TUTORIAL_CACHE", str(tmp_path / "file/cache"))
+    message = r"cannot write the cache .*file/cache .*set \$CLN_TUTORIAL_CACHE to a folder"
+    with pytest.raises(OSError, match=message):
+        datasets.load("reviews", progress=False)
+
+
+# ---------------------------------------------------------------- other processes
+
+
+def test_a_killed_download_leaves_no_file_that_is_taken_for_whole(server, cache):
+    server.behaviour = "stall"
+    with child(server.url) as process:
+        assert server.half_sent.wait(20)
+        process.send_signal(signal.SIGKILL)
+    leftovers = files_in(cache)
+    assert "reviews.zip" not in leftovers
+
+    server.behaviour = "good"
+    for path in cache.rglob("tmp*"):
+        os.utime(path, (0, 0))  # as if an hour had passed
+    datasets.load("reviews", progress=False)
+    assert files_in(cache) == ["reviews.zip"]
+
+
+def test_two_processes_at_once_both_load_and_print_nothing(server, cache):
+    server.behaviour = "meet"  # each is in mid-download when the other is
+    with child(server.url) as first, child(server.url) as second:
+        output = first.communicate()[0], second.communicate()[0]
+    assert (first.returncode, second.returncode, *output) == (0, 0, "", "")
+    assert files_in(cache) == ["reviews.zip"]
+
+
+def test_another_process_may_make_the_folder_at_the_same_moment(server, cache, monkeypatch):
+    def made_by_another(path, *_, **__):
+        raise FileExistsError(path)
+
+    cache.mkdir()
+    monkeypatch.setattr("pooch.core.os.makedirs", made_by_another)
+    datasets.load("reviews", progress=False)
+    assert server.asked == ["/reviews.zip"]
+
+
+def test_a_download_in_progress_elsewhere_is_left_alone(server, cache):
+    (cache / "reviews").mkdir(parents=True)
+    (cache / "reviews/tmp_of_another").touch()
+    datasets.load("reviews", progress=False)
+    assert files_in(cache) == ["reviews.zip", "tmp_of_another"]
+
+
+def test_a_bar_is_shown_unless_silenced(server, capfd):
+    datasets.load("reviews", progress=False)
+    assert capfd.readouterr() == ("", "")
+    datasets.load("sentences")
+    assert "100%" in capfd.readouterr().err
+
+
+def test_importing_the_module_imports_no_library_for_downloads():
+    code = (
+        "import sys, cln_tutorial.datasets; print({'pooch', 'requests', 'tqdm'} & {*sys.modules})"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert output.stdout == "set()\n"
+
+
+# ---------------------------------------------------------------- the table and the real sets
+
+
+def test_every_entry_of_the_table_is_complete():
+    for name in datasets.available():
+        for file in datasets._SETS[name].files:
+            assert len(file.sha256) == len(file.url_sha256) == 64
+            assert Path(file.local).suffix in (".gz", ".xz")
+            # of a file that is used as it is, both digests are the same
+            whole = file.member is None and file.head is None
+            assert (file.sha256 == file.url_sha256) == whole
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "train", "held_out", "positive", "removed"),
+    [
+        # chapters/conditional_norm.md, section 6; the rest counted apart from the loader
+        ("sentiment_zh", 13_958, 2_777, (7_324, 1_381), [2_920, 5, 195, 1_250, 0]),
+        ("yelp_short", 57_769, 17_707, (34_025, 8_530), [5_712, 2, 1_241, 1_052, 0]),
+    ],
+)
+def test_the_real_set_has_the_known_counts(name, train, held_out, positive, removed):
+    loaded = datasets.load(name, progress=False)
+    sides = loaded.train, loaded.held_out
+    assert [len(side.texts) for side in sides] == [train, held_out]
+    assert [len(set(side.texts)) for side in sides] == [train, held_out]
+    assert set(sides[0].texts).isdisjoint(sides[1].texts)
+    assert [Counter(side.labels.tolist()) for side in sides] == [
+        {1: ones, 0: rows - ones} for ones, rows in zip(positive, (train, held_out), strict=True)
+    ]
+    assert list(loaded.removed.values()) == removed
+    assert all(text == text.strip().lower() != "" for side in sides for text in side.texts)
+
+
+def raw_reviews(part):
+    path = Path(os.environ["CLN_TUTORIAL_DATA"], f"sentiment_zh/sentiment.{part}.data.gz")
+    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as lines:
+        return [line.split("\t")[0] for line in lines]
+
+
+@pytest.mark.data
+def test_31_percent_of_the_official_held_out_reviews_are_in_train():
+    """Erratum E4, counted from the raw files without the loader."""
+    train = {text.strip() for text in raw_reviews("train")}
+    official = {text.strip() for part in ("valid", "test") for text in raw_reviews(part)}
+    assert (len(official & train), len(official)) == (1_250, 4_027)
+
+
+@pytest.mark.data
+def test_lower_casing_merges_no_two_reviews():
+    texts = {text.strip() for part in ("train", "valid", "test") for text in raw_reviews(part)}
+    assert len({text.lower() for text in texts}) == len(texts)

@@ -1,0 +1,155 @@
+"""The house: one name through everything of a chapter, arrows one way, nothing foreign in it."""
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from book import twins
+
+ROOT = Path(__file__).parent.parent
+GROUND_FLOOR = {"cln_tutorial", "cln_tutorial._typing", "cln_tutorial.datasets"}
+# Modules that are not chapters: no experiment, no page of their own (results prints all records).
+NOT_CHAPTERS = {"_typing", "datasets", "kernels", "results"}
+CHAPTERS = sorted(
+    p.stem
+    for p in (ROOT / "cln_tutorial").iterdir()
+    if (p.suffix == ".py" or (p / "__init__.py").exists())
+    and p.stem not in NOT_CHAPTERS | {"__init__"}
+)
+
+
+def tracked():
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def test_the_import_graph_has_no_circle():
+    graphlib.TopologicalSorter(twins.import_graph()).prepare()
+
+
+def test_a_circle_would_be_found():
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+
+
+def test_the_ground_floor_stands_on_no_chapter():
+    chapters = {f"cln_tutorial.{name}" for name in CHAPTERS}
+    for module, imported in twins.import_graph().items():
+        if module in GROUND_FLOOR or ".results" in module or ".kernels" in module:
+            assert not imported & chapters, module
+
+
+def test_the_package_imports_nothing_from_the_rest_of_the_house():
+    for path in (ROOT / "cln_tutorial").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            outside = {n.split(".")[0] for n in names} & {"book", "experiments", "benchmarks"}
+            assert not outside | ({n.split(".")[0] for n in names} & {"tests"}), path
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_everything_of_a_chapter_stands_under_its_one_name(name):
+    for pattern in [
+        f"book/{name}.md",
+        f"book/notebooks/{name}.ipynb",
+        f"experiments/{name}.py",
+        f"cln_tutorial/results/{name}.json",
+        f"tests/test_{name}*.py",
+        f"tests/planted_faults/{name}.py",
+    ]:
+        assert list(ROOT.glob(pattern)), f"chapter {name} has no {pattern}"
+    assert f"cln_tutorial.{name}" in (ROOT / "book/api.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("folder", "pattern"),
+    [("experiments", "*.py"), ("benchmarks", "*.py"), ("cln_tutorial/kernels", "*.py")],
+)
+def test_nothing_stands_under_a_name_that_is_no_chapter(folder, pattern):
+    shared = {"__init__", "harness"}
+    assert {p.stem for p in (ROOT / folder).glob(pattern)} - shared <= set(CHAPTERS)
+
+
+def test_the_table_of_contents_lists_every_page_once():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    listed = [toc["root"], *(c["file"] for part in toc["parts"] for c in part["chapters"])]
+    with_code = {f"book/notebooks/{name}" for name in twins.pages()}
+    plain = {f"book/{p.stem}" for p in (ROOT / "book").glob("*.md")}
+    assert sorted(listed) == sorted(
+        with_code | {p for p in plain if Path(p).stem not in twins.pages()}
+    )
+
+
+def test_one_address_of_the_repository_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    address = project["urls"]["Repository"]
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    assert config["repository"]["url"] == address
+    owner_and_name = address.removeprefix("https://github.com/")
+    readme = (ROOT / "README.md").read_text()
+    for found in re.findall(r"colab\.research\.google\.com/github/([\w-]+/[\w-]+)/", readme):
+        assert found == owner_and_name
+    assert owner_and_name in readme
+
+
+def test_one_version_number_in_one_place():
+    pinned = re.compile(rf"(?<![\d.]){re.escape(twins.version())}(?![\d.])")
+    allowed = {"cln_tutorial/__init__.py", "CHANGELOG.md", "constraints.txt"}
+    for path in tracked():
+        name = str(path.relative_to(ROOT))
+        if path.suffix in {".md", ".toml", ".yml", ".cff"} and name not in allowed:
+            for line in path.read_text().splitlines():
+                assert "cln-tutorial" not in line or not pinned.search(line), (name, line)
+
+
+def test_the_repository_names_no_registry_and_no_path_of_a_machine():
+    registry = re.compile(r"index-url|trusted-host|\"resolved\":|registry\s*=")
+    machine = re.compile(r"(?<![\w.~/:-])/(?:tmp|root|home|work)/\w")
+    for path in tracked():
+        if path.suffix in {".py", ".md", ".yml", ".toml", ".txt", ".ipynb", ".json", ".cff"}:
+            if path == Path(__file__):
+                continue
+            text = path.read_text()
+            assert not registry.search(text), path
+            assert not machine.search(text), path
+
+
+def test_no_module_outgrows_one_file():
+    for path in (ROOT / "cln_tutorial").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 650, f"split {path}"
+
+
+def test_importing_the_package_is_cheap_and_brings_nothing_heavy():
+    code = """
+import sys, time, torch
+start = time.process_time()
+import cln_tutorial
+import cln_tutorial.datasets, cln_tutorial.results
+seconds = time.process_time() - start
+heavy = {"matplotlib", "sklearn", "transformers", "triton", "numba", "pooch"} & set(sys.modules)
+assert not heavy, heavy
+assert seconds < 0.05, seconds
+"""
+    subprocess.run([sys.executable, "-S", "-c", WITHOUT_SITE + code], check=True, cwd=ROOT)
+
+
+def test_importing_every_chapter_brings_nothing_heavy():
+    code = "import sys, torch\n" + "".join(f"import cln_tutorial.{n}\n" for n in CHAPTERS)
+    code += (
+        "heavy = {'matplotlib', 'sklearn', 'transformers', 'triton', 'numba'} & set(sys.modules)\n"
+    )
+    code += "assert not heavy, heavy"
+    subprocess.run([sys.executable, "-S", "-c", WITHOUT_SITE + code], check=True, cwd=ROOT)
+
+
+# -S keeps the suite's sitecustomize (jaxtyping, beartype) out; the installed packages come back.
+WITHOUT_SITE = f"import sys; sys.path[1:1] = {[p for p in sys.path if 'site-packages' in p]!r}\n"

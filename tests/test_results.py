@@ -1,0 +1,241 @@
+"""Records: what is shipped is sound and current, and what is not sound is refused by name."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+
+from cln_tutorial import results
+from experiments import harness
+
+SOUND = {
+    "experiment": "made",
+    "command": "make reproduce NAME=made",
+    "code": "0" * 64,
+    "data": {"made": "0" * 64},
+    "versions": {"torch": "2.13.0"},
+    "device": "2 CPU cores",
+    "seconds": 12.5,
+    "figures": {
+        # mean and standard error by hand: 2 and sqrt(((1-2)^2 + 0 + (3-2)^2) / (3 * 2)) = sqrt(1/3)
+        "loss": {
+            "values": [1.0, 2.0, 3.0],
+            "mean": 2.0,
+            "standard_error": math.sqrt(1 / 3),
+            "unit": "nats | token",
+        },
+        "constant": {
+            "values": [5.0, 5.0, 5.0, 5.0],
+            "mean": 5.0,
+            "standard_error": 0.0,
+            "unit": "%",
+        },
+    },
+    "published": [
+        {
+            "figure": "loss",
+            "value": 1.25,
+            "source": "article 1, table 2",
+            "comparable": False,
+            "why": "another split",
+        }
+    ],
+}
+REMOVED = object()
+
+
+def changed(path, value):
+    """The sound record with one field, named by its path, replaced or removed."""
+    record = copy.deepcopy(SOUND)
+    *parents, last = path
+    holder = record
+    for step in parents:
+        holder = holder[step]
+    if value is REMOVED:
+        del holder[last]
+    else:
+        holder[last] = value
+    return record
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The package's records replaced by those that a test writes."""
+    monkeypatch.setattr(results, "_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def write(folder, record, name="made.json"):
+    (folder / name).write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_every_shipped_record_is_sound():
+    assert results.names()
+    for name in results.names():
+        assert results.load(name)["experiment"] == name
+    for name in results.names("benchmark"):
+        results.load(name, "benchmark")
+
+
+def test_no_shipped_record_is_older_than_the_code_it_measured_unless_it_says_why():
+    for name in results.names():
+        record = results.load(name)
+        current = record["code"] == harness.code_hash(name)
+        assert current or record.get("stale"), f"make reproduce NAME={name}"
+
+
+def test_every_shipped_figure_stands_in_the_table():
+    table = results.table()
+    for name in results.names():
+        for figure in results.load(name)["figures"]:
+            assert sum(f"| {name} " in r and f"| {figure} " in r for r in table.splitlines()) == 1
+
+
+def test_a_sound_record_passes():
+    results.check(SOUND)
+    results.check(changed(["published", 0, "value"], None))
+    results.check(SOUND | {"stale": "only a comment of the module changed"})
+
+
+@pytest.mark.parametrize("field", [f for f in SOUND])
+def test_a_missing_field_is_named(field):
+    with pytest.raises(ValueError, match=rf"`{field}` is missing"):
+        results.check(changed([field], REMOVED))
+
+
+@pytest.mark.parametrize("field", ["values", "mean", "standard_error", "unit"])
+def test_a_missing_field_of_a_figure_is_named_with_the_figure(field):
+    with pytest.raises(ValueError, match=rf"`figures\.loss\.{field}` is missing"):
+        results.check(changed(["figures", "loss", field], REMOVED))
+
+
+@pytest.mark.parametrize("field", ["figure", "value", "source", "comparable", "why"])
+def test_a_missing_field_of_a_published_figure_is_named(field):
+    with pytest.raises(ValueError, match=rf"`published\[0\]\.{field}`"):
+        results.check(changed(["published", 0, field], REMOVED))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["experiment"], "", r"`experiment` must be text that is not empty; got ''"),
+        (["code"], "abc", r"`code` must be a SHA-256"),
+        (["data"], {}, r"`data` must be a mapping that is not empty"),
+        (["seconds"], -1.0, r"`seconds` must not be negative; got -1"),
+        (["seconds"], True, r"`seconds` must be a finite number; got True"),
+        (["stale"], "", r"`stale` must be text that is not empty"),
+        (["figures"], {}, r"`figures` must be a mapping that is not empty"),
+        (["figures", "loss"], 2.0, r"`figures.loss` must be a mapping; got 2.0"),
+        (["figures", "loss", "values"], [1.0, 3.0], r"`figures.loss.values` .* 3 seeds; got 2"),
+        (["figures", "loss", "values", 1], math.nan, r"`figures.loss.values\[1\]` .* got nan"),
+        (["figures", "loss", "values", 1], "2", r"`figures.loss.values\[1\]` .* got '2'"),
+        (["figures", "loss", "mean"], math.inf, r"`figures.loss.mean` must be a finite number"),
+        (["figures", "loss", "mean"], 2.001, r"`figures.loss.mean` is 2.001, .* give 2.0"),
+        # the population's error, with n instead of n - 1
+        (["figures", "loss", "standard_error"], math.sqrt(2 / 9), r"`figures.loss.standard_error`"),
+        (["published"], [], r"`published` must be a list that is not empty"),
+        (["published", 0, "figure"], "lost", r"`published\[0\].figure` must be one of loss, const"),
+        (["published", 0, "value"], math.nan, r"`published\[0\].value` must be a finite number"),
+        (["published", 0, "comparable"], "no", r"`published\[0\].comparable` must be true or fal"),
+        (["published", 0, "why"], "", r"`published\[0\].why` must be text that is not empty"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_it_holds(path, value, message):
+    with pytest.raises(ValueError, match=message):
+        results.check(changed(path, value))
+
+
+def test_a_benchmark_needs_devices(folder):
+    record = {"benchmark": "made", "command": "make bench NAME=made", "code": "0" * 64}
+    write(folder, record | {"devices": {"2 CPU cores": [1]}}, "made.benchmark.json")
+    assert results.names() == ()
+    assert results.names("benchmark") == ("made",)
+    assert results.load("made", "benchmark")["devices"]
+    with pytest.raises(ValueError, match=r"`devices` is missing"):
+        results.check(record, "benchmark")
+
+
+def test_an_unknown_name_is_answered_with_the_nearest(folder):
+    write(folder, SOUND)
+    with pytest.raises(ValueError, match=r"no experiment record 'mode': did you mean 'made'\?"):
+        results.load("mode")
+    with pytest.raises(ValueError, match=r"no benchmark record 'made': There are: none"):
+        results.load("made", "benchmark")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match=r"`kind` must be one of experiment, benchmark; got 'tes"):
+        results.names("test")
+
+
+def test_a_record_under_another_name_is_refused(folder):
+    write(folder, SOUND, "other.json")
+    with pytest.raises(ValueError, match=r"`experiment` of the record 'other' is 'made'"):
+        results.load("other")
+
+
+def test_load_gives_what_was_written(folder):
+    write(folder, SOUND)
+    assert results.load("made") == SOUND
+
+
+def test_the_summary_is_that_of_numpy():
+    # numpy's mean, and its standard deviation with one degree of freedom less
+    values = np.random.default_rng(0).normal(3.0, 0.1, size=5).tolist()
+    summary = results.summarise(values, "nats")
+    assert summary["values"] == values
+    assert summary["unit"] == "nats"
+    assert summary["mean"] == pytest.approx(np.mean(values), rel=1e-14)
+    error = np.std(values, ddof=1) / np.sqrt(5)
+    assert summary["standard_error"] == pytest.approx(error, rel=1e-12)
+
+
+def test_the_table_shows_mean_error_unit_seeds_and_what_was_published(folder):
+    write(folder, SOUND)
+    head, rule, loss, constant = results.table().splitlines()
+    assert [cell.strip() for cell in head.strip("|").split("|")] == [
+        "experiment",
+        "figure",
+        "mean ± standard error",
+        "unit",
+        "seeds",
+        "published",
+    ]
+    assert set(rule) == set("|- ")
+    # sqrt(1/3) = 0.577: two digits of the error, and as many decimals of the mean
+    assert "| 2.00 ± 0.58 " in loss
+    assert r"| nats \| token " in loss, "a bar inside a cell would end it"
+    assert "1.25 (article 1, table 2); not comparable: another split" in loss
+    assert "| 5 ± 0 " in constant
+    assert constant.split("|")[-3].strip() == "4"
+    assert constant.split("|")[-2].strip() == "-"
+
+
+def test_the_table_says_that_a_published_figure_is_missing_or_comparable(folder):
+    record = changed(["published", 0, "value"], None)
+    record["published"][0]["comparable"] = True
+    write(folder, record)
+    assert "no figure (article 1, table 2); comparable: another split" in results.table()
+
+
+def test_the_table_shows_only_the_records_asked_for(folder):
+    write(folder, SOUND)
+    write(folder, SOUND | {"experiment": "other"}, "other.json")
+    assert "| other " in results.table()
+    assert "| other " not in results.table(["made"])
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [(12.3, "1235 ± 12"), (0.996, "1234.57 ± 1.00"), (0.00123, "1234.5678 ± 0.0012")],
+)
+def test_a_mean_has_as_many_decimals_as_two_digits_of_its_error(folder, error, shown):
+    # three values around the mean with exactly this standard error: spread error * sqrt(3)
+    spread = error * math.sqrt(3)
+    values = [1234.5678 - spread, 1234.5678, 1234.5678 + spread]
+    record = changed(["figures", "loss"], results.summarise(values, "nats"))
+    write(folder, record)
+    assert f"| {shown} " in results.table()
