@@ -84,7 +84,9 @@ def test_only_pictures_and_timings_are_left_uncompared(name):
         tags = cell.metadata.get("tags", [])
         kinds = {k for o in cell.outputs for k in o.get("data", {})}
         streams = [o for o in cell.outputs if o.output_type == "stream"]
+        results = [o for o in cell.outputs if o.output_type == "execute_result"]
         if "nbval-ignore-output" in tags:
+            assert not results, f"end the cell with plt.show(): {cell.source}"
             picture = any(k.startswith("image/") for k in kinds) and not streams
             assert picture or "timing" in tags, cell.source
         else:

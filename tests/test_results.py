@@ -195,7 +195,7 @@ def test_the_summary_is_that_of_numpy():
 
 def test_the_table_shows_mean_error_unit_seeds_and_what_was_published(folder):
     write(folder, SOUND)
-    head, rule, loss, constant = results.table().splitlines()
+    head, rule, loss, constant, _, note = results.table().splitlines()
     assert [cell.strip() for cell in head.strip("|").split("|")] == [
         "experiment",
         "figure",
@@ -208,7 +208,8 @@ def test_the_table_shows_mean_error_unit_seeds_and_what_was_published(folder):
     # sqrt(1/3) = 0.577: two digits of the error, and as many decimals of the mean
     assert "| 2.00 ± 0.58 " in loss
     assert r"| nats \| token " in loss, "a bar inside a cell would end it"
-    assert "1.25 (article 1, table 2); not comparable: another split" in loss
+    assert loss.split("|")[-2].strip() == "1.25"
+    assert note == "- loss: published 1.25 (article 1, table 2); not comparable: another split."
     assert "| 5 ± 0 " in constant
     assert constant.split("|")[-3].strip() == "4"
     assert constant.split("|")[-2].strip() == "-"
@@ -218,7 +219,17 @@ def test_the_table_says_that_a_published_figure_is_missing_or_comparable(folder)
     record = changed(["published", 0, "value"], None)
     record["published"][0]["comparable"] = True
     write(folder, record)
-    assert "no figure (article 1, table 2); comparable: another split" in results.table()
+    note = "- loss: published none (article 1, table 2); comparable: another split."
+    assert results.table().splitlines()[-1] == note
+
+
+def test_claims_that_differ_in_the_figure_only_share_a_line(folder):
+    both = [SOUND["published"][0] | {"figure": figure} for figure in SOUND["figures"]]
+    write(folder, SOUND | {"published": both})
+    shared = ", ".join(SOUND["figures"])
+    assert [line for line in results.table().splitlines() if line.startswith("-")] == [
+        f"- {shared}: published 1.25 (article 1, table 2); not comparable: another split."
+    ]
 
 
 def test_the_table_shows_only_the_records_asked_for(folder):

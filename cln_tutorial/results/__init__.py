@@ -88,19 +88,21 @@ def table(names: Iterable[str] | None = None) -> str:
     """All figures of the experiments, a Markdown table that also reads as plain text.
 
     One row per figure: its mean over the seeds ± the standard error of that mean, to the two
-    leading digits of the error, and what was published, with why the two are (not) comparable.
+    leading digits of the error, and what was published. Under the table stands where that was
+    published, and why it is (not) comparable.
 
     Args:
         names: the records to show; all of them if not given.
     """
     head = ["experiment", "figure", "mean ± standard error", "unit", "seeds", "published"]
     chosen = _stems("experiment") if names is None else names
-    rows = [row for name in chosen for row in _rows(load(name))]
+    records = [load(name) for name in chosen]
+    rows = [row for record in records for row in _rows(record)]
     rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    widths[-1] = 3  # prose: as long as it is
     lines = [head, ["-" * width for width in widths], *rows]
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+    table = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
+    return "\n".join([*table, "", *(note for record in records for note in _notes(record))])
 
 
 def summarise(values: Sequence[float], unit: str) -> dict[str, Any]:
@@ -212,7 +214,7 @@ def _rows(record: Record) -> list[list[str]]:
             _with_error(figure["mean"], figure["standard_error"]),
             figure["unit"],
             str(len(figure["values"])),
-            "; ".join(_claim(c) for c in record["published"] if c["figure"] == name) or "-",
+            "; ".join(_value(c) for c in record["published"] if c["figure"] == name) or "-",
         ]
         for name, figure in record["figures"].items()
     ]
@@ -225,10 +227,18 @@ def _with_error(mean: float, error: float) -> str:
     return f"{mean:.{decimals}f} ± {error:.{decimals}f}"
 
 
-def _claim(claim: dict[str, Any]) -> str:
-    value = "no figure" if claim["value"] is None else f"{claim['value']:g}"
-    comparable = "comparable" if claim["comparable"] else "not comparable"
-    return f"{value} ({claim['source']}); {comparable}: {claim['why']}"
+def _value(claim: dict[str, Any]) -> str:
+    return "none" if claim["value"] is None else f"{claim['value']:g}"
+
+
+def _notes(record: Record) -> list[str]:
+    """What was published, and where; claims that differ in the figure only share a line."""
+    figures: dict[str, list[str]] = {}
+    for claim in record["published"]:
+        comparable = "comparable" if claim["comparable"] else "not comparable"
+        text = f"published {_value(claim)} ({claim['source']}); {comparable}: {claim['why']}."
+        figures.setdefault(text, []).append(claim["figure"])
+    return [f"- {', '.join(names)}: {text}" for text, names in figures.items()]
 
 
 def _stems(kind: Kind) -> list[str]:
