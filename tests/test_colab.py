@@ -22,10 +22,9 @@ COLAB = [
 ]  # fmt: skip
 
 
-def versions(python):
-    listed = subprocess.run(
-        [python, "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True
-    )
+def versions(python, env):
+    command = [python, "-m", "pip", "list", "--format=json"]
+    listed = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     return {p["name"].lower(): p["version"] for p in json.loads(listed.stdout)}
 
 
@@ -52,7 +51,7 @@ def find_links(folder):
 @pytest.mark.notebook
 def test_the_notebooks_run_alone_and_change_no_package_that_was_there(colab, tmp_path):
     python, env = colab
-    before = versions(python)
+    before = versions(python, env)
     assert "cln-tutorial" not in before
 
     for name in twins.pages():
@@ -65,6 +64,6 @@ def test_the_notebooks_run_alone_and_change_no_package_that_was_there(colab, tmp
         )
         subprocess.run([python, "-c", code], cwd=empty, env=env, check=True)
 
-    after = versions(python)
+    after = versions(python, env)
     assert after["cln-tutorial"] == twins.version()
     assert {name: after[name] for name in before} == before
