@@ -2,13 +2,15 @@
 PYTHON ?= python3
 TORCH ?= torch
 CONSTRAINTS ?= $(CURDIR)/constraints.txt
-NAME ?=
+NAME =
 export TORCH CONSTRAINTS
 
 RUN := .venv/bin/python
 PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
 NEED_NAME = $(if $(NAME),,$(error say which chapter, for example: make $@ NAME=conditional_norm))
+NEED_FILE = $(NEED_NAME)$(if $(wildcard $(1)/$(NAME).py),,$(error there is no $(1)/$(NAME).py))
 
+.NOTPARALLEL:
 .PHONY: book test test-all notebooks reproduce bench faults lint clean book-env dev-env
 
 book: book-env
@@ -24,10 +26,10 @@ notebooks: dev-env
 	$(RUN) book/twins.py $(NAME)
 
 reproduce: dev-env
-	$(NEED_NAME)$(RUN) -m experiments.$(NAME)
+	$(call NEED_FILE,experiments)$(RUN) -m experiments.$(NAME)
 
 bench: dev-env
-	$(NEED_NAME)$(RUN) -m benchmarks.$(NAME)
+	$(call NEED_FILE,benchmarks)$(RUN) -m benchmarks.$(NAME)
 
 faults: dev-env
 	$(PYTEST) --dist load -m "" tests/test_planted_faults.py $(if $(NAME),-k $(NAME))

@@ -20,7 +20,14 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 VENV = os.path.join(ROOT, ".venv")
 PYTHON = os.path.join(VENV, "bin", "python")
 STAMP = os.path.join(VENV, "installed.json")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome-stable",
+    "google-chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
 
 
 def main(extra):
@@ -80,7 +87,7 @@ def make_venv(installed):
     installed.clear()
     import venv
 
-    venv.create(VENV, clear=True, with_pip=True)
+    venv.create(VENV, clear=True, with_pip=True, symlinks=True)  # as `python -m venv` does
     installed["python"] = sys.version
     write_stamp(installed)
 

@@ -1,4 +1,4 @@
-"""What the suite shares: real data or a clear skip, run-time shape checks, no network.
+"""What the suite shares: real data or a clear skip, run-time shape checks, kernels without network.
 
 It stands at the root because it must hold for the notebooks too.
 """

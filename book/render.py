@@ -18,7 +18,7 @@ FIRST_PAGE = BUILD / "html" / "index.html"
 
 def main() -> None:
     sources = fingerprint()
-    if not (STAMP.exists() and STAMP.read_text() == sources):
+    if not (FIRST_PAGE.exists() and STAMP.exists() and STAMP.read_text() == sources):
         build()
         STAMP.write_text(sources)
     print(f"The book: {FIRST_PAGE.as_uri()}")

@@ -95,7 +95,7 @@ def fingerprint(name: str) -> str:
     files = {BOOK / f"{name}.md", *map(module_path, reached)}
     if "cln_tutorial.results" in reached:
         files |= set(RECORDS.glob("*.json" if name == "results" else f"{name}*.json"))
-    digest = hashlib.sha256(version().encode())
+    digest = hashlib.sha256((SETUP + version()).encode())
     for path in sorted(files):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
@@ -117,6 +117,8 @@ def imports(source: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):  # absolute: ruff bans relative imports
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    # Importing a.b.c runs a and a.b as well.
+    names |= {n[:dot] for n in names for dot in range(len(n)) if n[dot] == "."}
     return {n for n in names if n.startswith("cln_tutorial.") and module_path(n)}
 
 

@@ -38,7 +38,8 @@ def conditional_layer_norm(
         x: ``(batch, *positions, dim)``, any floating dtype; batch and positions may be empty.
         gamma: scale: one vector per example ``(batch, dim)``, or one for all, ``(1, dim)`` or
             ``(dim,)``. Of two dimensions the first is always the batch, never the time.
-        beta: shift, in one of the same forms; ``None`` means no shift.
+        beta: shift, in one of the same forms; ``None`` means no shift. Both may be of another
+            floating dtype than ``x``; they are converted to the dtype of the computation, below.
         eps: added to the variance.
         per_token: if true, ``gamma`` and ``beta`` have exactly the shape of ``x``.
 
@@ -103,8 +104,9 @@ def _require_vectors(name: str, value: Tensor, x: Tensor, per_token: bool) -> No
 
 
 def _require_floats(name: str, value: Tensor) -> None:
-    if not value.is_floating_point():
-        raise TypeError(f"`{name}` must be of a floating dtype; got {value.dtype}.")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"`{name}` must be a tensor of a floating dtype; got {got}.")
 
 
 class ConditionalLayerNorm(nn.LayerNorm):
@@ -121,8 +123,10 @@ class ConditionalLayerNorm(nn.LayerNorm):
         cond_dim: length of the condition vector.
         hidden_dim, hidden_act: width of a hidden layer between condition and W, ``None`` for none,
             and its activation: "silu", "gelu", "relu" or "tanh".
+        eps: added to the variance.
         zero_init: start W at zero, so that the norm begins as the plain one. Only the last layer
             is zero: of two zero layers in a row neither would ever get a gradient.
+        device, dtype: of all parameters.
         bias: if false there is no base shift, and the condition moves the scale only.
 
     Raises:
@@ -267,10 +271,15 @@ class ConditionalLayerNorm(nn.LayerNorm):
     def _require_cond(self, cond: Tensor) -> None:
         first = _layers(self)[0]
         width, dtype = first.in_features, first.weight.dtype
-        if not cond.is_floating_point():
+        if isinstance(cond, Tensor) and not cond.is_floating_point():
             raise TypeError(
                 f"`cond` must hold a vector of floats per example; got {cond.dtype}. Embed a "
                 f"class first: `nn.Embedding(num_classes, {width})(label)`."
+            )
+        _require_floats("cond", cond)
+        if cond.device != first.weight.device:
+            raise ValueError(
+                f"`cond` is on {cond.device}, the norm on {first.weight.device}; move one of them."
             )
         if cond.ndim != 2 or cond.shape[1] != width:
             raise ValueError(f"`cond` must be (batch or 1, {width}); got {tuple(cond.shape)}.")
@@ -293,8 +302,9 @@ def _obstacle(norm: nn.LayerNorm, cond_dim: int, hidden_dim: int | None) -> str 
         )
     if norm.weight is None:
         return "has no parameters for a condition to move; make it with `elementwise_affine=True`."
-    if cond_dim < 1 or (hidden_dim is not None and hidden_dim < 1):
-        return f"needs `cond_dim` and `hidden_dim` of 1 or more; got {cond_dim} and {hidden_dim}."
+    sizes = [cond_dim] if hidden_dim is None else [cond_dim, hidden_dim]
+    if not all(isinstance(size, int) and size >= 1 for size in sizes):
+        return f"needs whole `cond_dim` and `hidden_dim` of 1 or more; got {sizes}."
     return None
 
 
@@ -440,10 +450,13 @@ def _conditional_norms(model: nn.Module) -> list[ConditionalLayerNorm]:
 
 
 def _one_condition(cond: Tensor) -> Tensor:
+    if not isinstance(cond, Tensor):
+        raise TypeError(f"`cond` must be a tensor; got {type(cond).__name__}.")
     if cond.ndim == 1 or (cond.ndim == 2 and len(cond) == 1):
         return cond.reshape(1, -1)
     raise ValueError(
-        f"`cond` {tuple(cond.shape)} must be one vector; write `[fold(model, c) for c in cond]`."
+        f"`cond` must be one vector, (cond_dim,) or (1, cond_dim); got {tuple(cond.shape)}. For "
+        f"several, fold once for each."
     )
 
 
@@ -463,7 +476,8 @@ class ConditionalLanguageModel(nn.Module):
         max_length: longest input in tokens.
         padding: token that fills the end of shorter texts.
 
-    Source: article 7124, experiment A; initialisation as GPT-2 (Radford et al. 2019).
+    Source: article 7124, experiment A; linear layers start as in GPT-2 (Radford et al.
+    2019), embeddings at ``dim ** -0.5``.
 
     Example:
         >>> model = ConditionalLanguageModel(50, num_classes=2, dim=16, num_layers=1)

@@ -6,6 +6,7 @@ through a local folder. Nothing that was installed before may change its version
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import venv
@@ -34,12 +35,17 @@ def colab(wheel, tmp_path_factory):
     import torch
 
     folder = tmp_path_factory.mktemp("colab")
-    venv.create(folder / "env", with_pip=True)
+    venv.create(folder / "env", with_pip=True, symlinks=True)
     python = str(folder / "env/bin/python")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    packages = [f"torch=={torch.__version__.split('+')[0]}", *COLAB]
-    install = [python, "-m", "pip", "install", "-qq", *packages]
-    subprocess.run(install, check=True, capture_output=True, env=env)
+    # The build that the suite was given (the README's TORCH=), in the suite's version.
+    build = shlex.split(os.environ.get("TORCH", "torch"))
+    pinned = [f"torch=={torch.__version__.split('+')[0]}"]
+    pip = [python, "-m", "pip", "install", "-qq"]
+    subprocess.run(
+        [*pip, "--no-deps", *(pinned if build == ["torch"] else build)], check=True, env=env
+    )
+    subprocess.run([*pip, "torch", *COLAB], check=True, env=env)
     yield python, {**env, "PIP_FIND_LINKS": find_links(wheel.parent)}
     shutil.rmtree(folder / "env")
 

@@ -383,12 +383,17 @@ WRONG_CALLS = {
     "integer x": (
         lambda: conditional_layer_norm(X.long(), torch.ones(8)),
         TypeError,
-        r"`x` must be of a floating dtype; got torch.int64",
+        r"`x` must be a tensor of a floating dtype; got torch.int64",
     ),
     "integer gamma": (
         lambda: conditional_layer_norm(X, torch.ones(8, dtype=torch.int32)),
         TypeError,
         r"`gamma`.*got torch.int32",
+    ),
+    "no tensor": (
+        lambda: conditional_layer_norm(X, [1.0] * 8),
+        TypeError,
+        r"`gamma` must be a tensor of a floating dtype; got list",
     ),
     "complex x": (
         lambda: conditional_layer_norm(X.cfloat(), torch.ones(8)),
@@ -727,7 +732,27 @@ WRONG_MODULE_CALLS = {
     "no width": (
         lambda: ConditionalLayerNorm(8, 0),
         ValueError,
-        r"`cond_dim` and `hidden_dim` of 1 or more; got 0 and None",
+        r"whole `cond_dim` and `hidden_dim` of 1 or more; got \[0\]",
+    ),
+    "half a width": (
+        lambda: ConditionalLayerNorm(8, 2.5),
+        ValueError,
+        r"whole `cond_dim` and `hidden_dim` of 1 or more; got \[2.5\]",
+    ),
+    "no tensor": (
+        lambda: NORM(torch.zeros(2, 5, 8), [0.0] * 3),
+        TypeError,
+        r"`cond` must be a tensor of a floating dtype; got list",
+    ),
+    "another device": (
+        lambda: NORM(torch.zeros(2, 5, 8), torch.zeros(2, 3, device="meta")),
+        ValueError,
+        r"`cond` is on meta, the norm on cpu",
+    ),
+    "a number to fold": (
+        lambda: fold(nn.Sequential(NORM), 1),
+        TypeError,
+        r"`cond` must be a tensor; got int",
     ),
     "unknown activation": (
         lambda: ConditionalLayerNorm(8, 3, 5, "swish"),
@@ -737,7 +762,7 @@ WRONG_MODULE_CALLS = {
     "two conditions to fold": (
         lambda: NORM.fold(torch.zeros(2, 3)),
         ValueError,
-        r"`cond` \(2, 3\) must be one vector; write `\[fold\(model, c\) for c in cond\]`",
+        r"`cond` must be one vector, \(cond_dim,\) or \(1, cond_dim\); got \(2, 3\)",
     ),
     "no conditional norm": (
         lambda: condition(nn.Linear(2, 2), torch.zeros(1, 3)).__enter__(),

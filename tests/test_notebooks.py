@@ -147,6 +147,8 @@ except ValueError:
     raise SystemExit("the run-time shape check is off")
 except Exception as error:
     assert "TypeCheckError" in type(error).__name__
+else:
+    raise SystemExit("nothing was checked")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -83,6 +83,16 @@ def test_a_machine_where_no_browser_can_be_had_gets_one_line_that_says_what_to_i
     assert run.stderr.startswith("No browser for the browser tests: install Chromium")
 
 
+@pytest.mark.parametrize(
+    ("target", "folder"), [("reproduce", "experiments"), ("bench", "benchmarks")]
+)
+def test_a_command_for_a_chapter_that_is_not_there_says_so(target, folder):
+    command = ["make", "-n", target, "NAME=conditional_nrom"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert f"there is no {folder}/conditional_nrom.py" in run.stderr
+
+
 @pytest.mark.parametrize("target", ["reproduce", "bench"])
 def test_a_command_that_needs_a_chapter_says_so(target):
     run = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)

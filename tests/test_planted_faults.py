@@ -76,7 +76,6 @@ def test_the_fault_turns_the_chapter_red(chapter, fault, copy):
         assert page.returncode == RED, f"the page misses it\n{page.stdout[-2000:]}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_the_untouched_copy_is_green(chapter, copy):
     selected = chapter_tests(chapter, copy)

@@ -8,7 +8,8 @@ import ipaddress
 import os
 import socket
 
-_connect, _getaddrinfo = socket.socket.connect, socket.getaddrinfo
+_connect, _connect_ex = socket.socket.connect, socket.socket.connect_ex
+_getaddrinfo = socket.getaddrinfo
 
 
 def _is_loopback(host):
@@ -18,10 +19,13 @@ def _is_loopback(host):
         return False
 
 
-def _connect_to_loopback(self, address):
-    if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_loopback(address[0]):
-        raise ConnectionRefusedError(f"the test suite allows no connection to {address}")
-    return _connect(self, address)
+def _to_loopback(connect):
+    def connect_to_loopback(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_loopback(address[0]):
+            raise ConnectionRefusedError(f"the test suite allows no connection to {address}")
+        return connect(self, address)
+
+    return connect_to_loopback
 
 
 def _look_up_loopback(host, *arguments, **keywords):
@@ -30,7 +34,8 @@ def _look_up_loopback(host, *arguments, **keywords):
     return _getaddrinfo(host, *arguments, **keywords)
 
 
-socket.socket.connect = _connect_to_loopback
+socket.socket.connect = _to_loopback(_connect)
+socket.socket.connect_ex = _to_loopback(_connect_ex)
 socket.getaddrinfo = _look_up_loopback
 
 if os.environ.get("CLN_TUTORIAL_CHECK_SHAPES", "1") == "1":

@@ -52,14 +52,14 @@ FAULTS = [
         "conditional_norm.py",
         "wide = torch.float64 if x.dtype == torch.float64 else torch.float32",
         "wide = torch.float32",
-        shows_on_page=False,
+        shows_on_page=True,
     ),
     Fault(
         "a condition per time step is accepted",
         "conditional_norm.py",
         "(x.shape[0], dim)]:",
         "(x.shape[0], dim), (x.shape[1], dim)]:",
-        shows_on_page=False,
+        shows_on_page=True,
     ),
     Fault(
         "the small condition is added in bfloat16",
@@ -122,7 +122,7 @@ FAULTS = [
         "conditional_norm.py",
         "module.activation_relu_or_gelu = 0",
         "pass",
-        shows_on_page=False,
+        shows_on_page=True,
     ),
     Fault(
         "the encoder still makes nested tensors",
@@ -164,7 +164,7 @@ FAULTS = [
         "conditional_norm.py",
         "if cond is not None and not block.used:",
         "if cond is not None and not norms:",
-        shows_on_page=False,
+        shows_on_page=True,
     ),
     Fault(
         "a recomputation without its condition is silent",
@@ -185,7 +185,7 @@ FAULTS = [
         "conditional_norm.py",
         "is_causal=True",
         "is_causal=False",
-        shows_on_page=False,
+        shows_on_page=True,
     ),
     Fault(
         "padding is counted as a target",
@@ -199,7 +199,7 @@ FAULTS = [
         "conditional_norm.py",
         "self._states(tokens[:, :-1], label), tokens[:, 1:],",
         "self._states(tokens[:, :-1], label), tokens[:, :-1],",
-        shows_on_page=False,
+        shows_on_page=True,
     ),
     Fault(
         "the conditional model draws other weights than the plain one",
