@@ -87,7 +87,10 @@ def make_venv(installed):
     installed.clear()
     import venv
 
-    venv.create(VENV, clear=True, with_pip=True, symlinks=True)  # as `python -m venv` does
+    try:
+        venv.create(VENV, clear=True, with_pip=True, symlinks=True)  # as `python -m venv` does
+    except (OSError, subprocess.CalledProcessError) as error:
+        stop("Could not make %s: %s" % (VENV, error))
     installed["python"] = sys.version
     write_stamp(installed)
 

@@ -88,10 +88,10 @@ def fingerprint(name: str) -> str:
     source = "\n".join(c.source for c in unexecuted_twin(name).cells if c.cell_type == "code")
     graph = import_graph()
     reached: set[str] = set()
-    front = imports(source)
+    front = with_packages(imports(source))
     while front:
         reached |= front
-        front = set().union(*(graph[m] for m in front)) - reached
+        front = with_packages(set().union(*(graph[m] for m in front))) - reached
     files = {BOOK / f"{name}.md", *map(module_path, reached)}
     if "cln_tutorial.results" in reached:
         files |= set(RECORDS.glob("*.json" if name == "results" else f"{name}*.json"))
@@ -117,9 +117,16 @@ def imports(source: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):  # absolute: ruff bans relative imports
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    # Importing a.b.c runs a and a.b as well.
-    names |= {n[:dot] for n in names for dot in range(len(n)) if n[dot] == "."}
     return {n for n in names if n.startswith("cln_tutorial.") and module_path(n)}
+
+
+def with_packages(names: set[str]) -> set[str]:
+    """Importing cln_tutorial.a.b runs cln_tutorial.a as well: what a page depends on.
+
+    Not in `import_graph`: a package that hands on the names of its modules is no circle.
+    """
+    above = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count("."))}
+    return names | above
 
 
 def module_name(path: Path) -> str:
