@@ -3,6 +3,7 @@
 It stands at the root because it must hold for the notebooks too.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import jaxtyping
 import pytest
 
 ROOT = Path(__file__).parent
+# Looking for doctests would import them; there is Triton on Linux only.
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["cln_tutorial/kernels/*.py"]
 KERNEL_START = ROOT / "tests/kernel_start"
 
 # Notebook kernels and other child processes import the same tree as the suite, refuse every
@@ -43,6 +46,10 @@ def wheel(tmp_path_factory):
     command = [sys.executable, "-m", "build", str(folder)]
     subprocess.run(command, check=True, capture_output=True, env=env)
     return next((folder / "dist").glob("*.whl"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run the tests of kernels on this GPU")
 
 
 def pytest_collection_modifyitems(items):

@@ -33,6 +33,8 @@ def build() -> None:
     command = [jupyter_book, "build", str(ROOT), "-W", "-n", "--keep-going", "-q"]
     if subprocess.run(command, cwd=ROOT).returncode != 0:
         sys.exit("The book has warnings or errors: they stand above.")
+    # Sphinx leaves these as they were if no page has changed.
+    shutil.copytree(ROOT / "book/_static", BUILD / "html/_static", dirs_exist_ok=True)
 
 
 def fingerprint() -> str:

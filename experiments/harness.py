@@ -230,9 +230,13 @@ class Checkpoint:
 
 def code_hash(name: str) -> str:
     """SHA-256 of a chapter's module (a file, or a folder of files) and its experiment."""
+    return hash_files([*module_files(name), ROOT / "experiments" / f"{name}.py"])
+
+
+def module_files(name: str) -> list[Path]:
+    """The files of a chapter's module."""
     folder = ROOT / "cln_tutorial" / name
-    module = sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
-    return _hash([*module, ROOT / "experiments" / f"{name}.py"])
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
 
 
 def versions() -> dict[str, str]:
@@ -294,12 +298,12 @@ def _run(finish: Callable[[Job], dict], jobs: list[Job], workers: int) -> list[d
         return [finish(job) for job in jobs]
     spawn = multiprocessing.get_context("spawn")
     workers = min(workers, len(jobs))
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) as pool:
         return list(pool.map(finish, jobs))
 
 
 def _share(finish: Callable[[Job], dict], jobs: list[Job], rank: int, world: int) -> list[dict]:
-    _end_with_parent()
+    end_with_parent()
     # Ranks wait for the slowest one, however long its jobs take.
     distributed.init_process_group("gloo", timeout=timedelta(days=7))
     shares: list = [None] * world
@@ -326,7 +330,7 @@ def _finish(work: Callable[[Job], dict[str, float]], job: Job, fresh: bool) -> d
     return json.loads(job.result.read_text())
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this worker when its parent is gone: a killed run leaves nothing running."""
     spawner = multiprocessing.parent_process()
     parent = spawner.pid if spawner else os.getppid()
@@ -341,11 +345,12 @@ def _end_with_parent() -> None:
 
 def _fingerprint(about: dict[str, Any]) -> str:
     """Of all that a result depends on; state with another fingerprint is never taken up."""
-    shared = _hash([Path(__file__), ROOT / "cln_tutorial/datasets.py"])
+    shared = hash_files([Path(__file__), ROOT / "cln_tutorial/datasets.py"])
     return hashlib.sha256(json.dumps([about, shared], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _hash(paths: list[Path]) -> str:
+def hash_files(paths: list[Path]) -> str:
+    """SHA-256 over the names and contents of files of the repository."""
     digest = hashlib.sha256()
     for path in paths:
         content = path.read_bytes()

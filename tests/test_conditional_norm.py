@@ -353,7 +353,7 @@ WRONG_CALLS = {
     "2-D condition of the length of time": (
         lambda: conditional_layer_norm(X, torch.ones(7, 8)),
         ValueError,
-        r"\(4, 7, 8\); got \(7, 8\).*gamma.expand\(x.shape\), per_token=True",
+        r"\(4, 7, 8\); got \(7, 8\).*gamma.expand\(x.shape\)`, with `per_token=True",
     ),
     "a batch that divides batch times time": (
         lambda: conditional_layer_norm(X, torch.ones(14, 8)),
@@ -566,8 +566,10 @@ def test_parameter_counts_are_those_of_bert_base():
 
     assert count(ConditionalLayerNorm(768, 128, device="meta")) == 1_536 + 196_608 == 198_144
     assert count(convert_layer_norms(bert_norms(), 128)) - count(bert_norms()) == 5_111_808
-    caption = convert_layer_norms(bert_norms(), 1280, hidden_dim=128)
+    caption = convert_layer_norms(bert_norms(), 1280, hidden_dim=128, share_hidden=False)
     assert count(caption) - count(bert_norms()) == 26 * 360_448 == 9_371_648
+    shared = convert_layer_norms(bert_norms(), 1280, hidden_dim=128)
+    assert count(shared) - count(bert_norms()) == 1280 * 128 + 26 * 196_608 == 5_275_648
 
 
 def test_from_layer_norm_copies_everything_and_leaves_the_original_alone():

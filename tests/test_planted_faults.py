@@ -16,7 +16,8 @@ from tests.planted_faults import Fault
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted(p.stem for p in (ROOT / "tests/planted_faults").glob("[!_]*.py"))
-COPIED = ["book", "cln_tutorial", "experiments", "tests", "conftest.py", "pyproject.toml"]
+COPIED = ["benchmarks", "book", "cln_tutorial", "experiments", "tests"]
+COPIED += ["conftest.py", "pyproject.toml"]
 # pytest's exit code when tests ran and some failed; 2 and above are errors of another kind.
 RED, GREEN = 1, 0
 
@@ -52,10 +53,6 @@ def run_in(copy: Path, *selected: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
 
 
-def chapter_tests(chapter: str, copy: Path) -> list[str]:
-    return [str(p) for p in sorted((copy / "tests").glob(f"test_{chapter}*.py"))]
-
-
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_every_fault_names_text_that_stands_once_in_its_file(chapter):
     for fault in faults_of(chapter):
@@ -69,7 +66,7 @@ def test_the_fault_turns_the_chapter_red(chapter, fault, copy):
     path = copy / "cln_tutorial" / fault.file
     path.write_text(path.read_text().replace(fault.old, fault.new))
 
-    tests = run_in(copy, "-m", "not slow", *chapter_tests(chapter, copy))
+    tests = run_in(copy, "-m", "not slow", f"tests/test_{chapter}{fault.tests}.py")
     assert tests.returncode == RED, f"the tests miss it\n{tests.stdout[-2000:]}"
     if fault.shows_on_page:
         page = run_in(copy, "-m", "", f"book/notebooks/{chapter}.ipynb")
@@ -78,7 +75,7 @@ def test_the_fault_turns_the_chapter_red(chapter, fault, copy):
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_the_untouched_copy_is_green(chapter, copy):
-    selected = chapter_tests(chapter, copy)
+    selected = [f"tests/test_{chapter}.py"]
     if (copy / f"book/notebooks/{chapter}.ipynb").exists():
         selected.append(f"book/notebooks/{chapter}.ipynb")
     run = run_in(copy, "-m", "not slow", *selected)

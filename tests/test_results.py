@@ -3,10 +3,12 @@
 import copy
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
+from benchmarks import harness as benchmarks
 from cln_tutorial import results
 from experiments import harness
 
@@ -43,12 +45,61 @@ SOUND = {
         }
     ],
 }
+TIME = {"microseconds": 20.0, "ratio": {"q25": 1.5, "median": 2.0, "q75": 2.25}}
+GATE = {"result": "y", "error": 1e-7, "limit": 1e-6}
+SOUND_BENCHMARK = {
+    "benchmark": "made",
+    "command": "make bench NAME=made",
+    "code": "0" * 64,
+    "devices": {
+        "2 CPU cores": {
+            "command": "python -m benchmarks.made",
+            "versions": {"torch": "2.13.0"},
+            "load": [0.1, 0.2, 0.3],
+            "seconds": 60.0,
+            "threads": 1,
+            "rounds": 25,
+            "missing": {"peer": "not installed"},
+            "rows": [
+                {
+                    "op": "double",
+                    "shape": [2, 3],
+                    "dtype": "float32",
+                    "mode": "forward",
+                    "setting": "fixed heap",
+                    "baseline": "eager",
+                    "bound": "copy",
+                    "refused": {"other": "y is wrong"},
+                    "contenders": {
+                        "eager": {
+                            "gate": GATE,
+                            "cpu": {
+                                "microseconds": 40.0,
+                                "ratio": {"q25": 1.0, "median": 1.0, "q75": 1.0},
+                            },
+                        },
+                        "fast": {"gate": GATE, "cpu": TIME, "wall": TIME},
+                        "copy": {"gate": GATE, "cpu": TIME},
+                    },
+                }
+            ],
+            "goals": [
+                {"what": "a", "sense": "at least", "wanted": 1.5, "reached": 2.0, "met": True},
+                {"what": "b", "sense": "at most", "wanted": 1.5, "reached": 2.0, "met": False},
+                {"what": "c", "sense": "at least", "wanted": 1.5, "reached": None, "met": None},
+            ],
+        }
+    },
+}
+PART = ["devices", "2 CPU cores"]
+ROW = [*PART, "rows", 0]
+FAST = [*ROW, "contenders", "fast"]
 REMOVED = object()
 
 
-def changed(path, value):
-    """The sound record with one field, named by its path, replaced or removed."""
-    record = copy.deepcopy(SOUND)
+def changed(path, value, sound=SOUND):
+    """A sound record with one field, named by its path, replaced or removed."""
+    record = json.loads(json.dumps(sound))  # nothing in it is shared any more
     *parents, last = path
     holder = record
     for step in parents:
@@ -84,6 +135,13 @@ def test_no_shipped_record_is_older_than_the_code_it_measured_unless_it_says_why
         record = results.load(name)
         current = record["code"] == harness.code_hash(name)
         assert current or record.get("stale"), f"make reproduce NAME={name}"
+
+
+def test_no_shipped_benchmark_is_older_than_the_code_it_measured_unless_it_says_why():
+    for name in results.names("benchmark"):
+        record = results.load(name, "benchmark")
+        current = record["code"] == benchmarks.code_hash(name)
+        assert current or record.get("stale"), f"make bench NAME={name}"
 
 
 def test_every_shipped_figure_stands_in_the_table():
@@ -147,14 +205,138 @@ def test_a_wrong_field_is_named_with_what_it_holds(path, value, message):
         results.check(changed(path, value))
 
 
-def test_a_benchmark_needs_devices(folder):
-    record = {"benchmark": "made", "command": "make bench NAME=made", "code": "0" * 64}
-    write(folder, record | {"devices": {"2 CPU cores": [1]}}, "made.benchmark.json")
+def test_a_benchmark_is_found_under_its_own_kind_only(folder):
+    write(folder, SOUND_BENCHMARK, "made.benchmark.json")
     assert results.names() == ()
     assert results.names("benchmark") == ("made",)
-    assert results.load("made", "benchmark")["devices"]
-    with pytest.raises(ValueError, match=r"`devices` is missing"):
-        results.check(record, "benchmark")
+    assert results.load("made", "benchmark") == SOUND_BENCHMARK
+
+
+def test_a_sound_benchmark_passes():
+    results.check(SOUND_BENCHMARK, "benchmark")
+    results.check(SOUND_BENCHMARK | {"stale": "only a comment changed"}, "benchmark")
+    for path, value in [
+        ([*PART, "missing"], {}),
+        ([*PART, "goals"], []),
+        ([*ROW, "refused"], {}),
+        ([*ROW, "bound"], REMOVED),
+        ([*PART, "stale"], "measured with other code"),
+    ]:
+        results.check(changed(path, value, SOUND_BENCHMARK), "benchmark")
+
+
+@pytest.mark.parametrize(
+    ("holder", "fields", "said"),
+    [
+        ([], list(SOUND_BENCHMARK), ""),
+        (PART, ["command", "versions", "load", "seconds", "threads", "rounds", "rows"], "devices"),
+        (ROW, ["op", "shape", "dtype", "mode", "setting", "baseline", "contenders"], "rows[0]"),
+        (FAST, ["gate", "cpu"], "contenders.fast"),
+        ([*FAST, "gate"], ["result", "error", "limit"], "fast.gate"),
+        ([*FAST, "cpu"], ["microseconds", "ratio"], "fast.cpu"),
+        ([*FAST, "cpu", "ratio"], ["q25", "median", "q75"], "fast.cpu.ratio"),
+        ([*PART, "goals", 0], ["what", "sense", "wanted"], "goals[0]"),
+    ],
+)
+def test_a_missing_field_of_a_benchmark_is_named_with_its_place(holder, fields, said):
+    for field in fields:
+        record = changed([*holder, field], REMOVED, SOUND_BENCHMARK)
+        with pytest.raises(ValueError, match=rf"{re.escape(said)}.*{field}` is missing"):
+            results.check(record, "benchmark")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["stale"], "", r"`stale` must be text that is not empty"),
+        (["devices", "2 CPU cores"], [1], r"`devices.2 CPU cores` must be a mapping; got \[1\]"),
+        ([*PART, "stale"], "", r"`devices.2 CPU cores.stale` must be text"),
+        ([*PART, "missing"], REMOVED, r"cores.missing` must be a mapping from names to reasons"),
+        ([*PART, "missing", "peer"], "", r"cores.missing` must be a mapping from names to rea"),
+        ([*PART, "goals"], REMOVED, r"cores.goals` must be a list; got None"),
+        ([*ROW, "refused"], REMOVED, r"rows\[0\].refused` must be a mapping from names to reas"),
+        ([*ROW, "baseline"], "lost", r"rows\[0\].baseline` must be one of eager, fast, copy; got"),
+        ([*ROW, "bound"], "lost", r"rows\[0\].bound` must be one of eager, fast, copy; got 'lost'"),
+        ([*ROW, "contenders", "eager", "cpu"], REMOVED, r"contenders.eager` has none of cpu, wall"),
+        ([*FAST, "gate", "error"], 2e-6, r"fast.gate.error` is 2e-06, above its limit 1e-06"),
+        ([*FAST, "cpu", "ratio", "q25"], 2.1, r"fast.cpu.ratio` must rise from above zero"),
+        ([*FAST, "cpu", "ratio", "q75"], 1.9, r"fast.cpu.ratio` must rise from above zero"),
+        ([*FAST, "cpu", "ratio", "q25"], 0.0, r"fast.cpu.ratio` must rise from above zero"),
+        ([*PART, "goals", 0, "sense"], "above", r"goals\[0\].sense` must be 'at least' or 'at mo"),
+        ([*PART, "goals", 0, "reached"], "2", r"goals\[0\].reached` must be a finite number, or "),
+        ([*PART, "goals", 0, "met"], None, r"goals\[0\].met` must be True, because 2.0 was reach"),
+        ([*PART, "goals", 1, "met"], True, r"goals\[1\].met` must be False, because 2.0 was reac"),
+        ([*PART, "goals", 2, "met"], False, r"goals\[2\].met` must be None, because None was rea"),
+        ([*PART, "goals", 2, "met"], REMOVED, r"goals\[2\].met` .* got 'no such field'"),
+    ],
+)
+def test_a_wrong_field_of_a_benchmark_is_named_with_what_it_holds(path, value, message):
+    with pytest.raises(ValueError, match=message):
+        results.check(changed(path, value, SOUND_BENCHMARK), "benchmark")
+
+
+def test_the_speed_table_shows_the_ratio_with_its_quartiles_and_the_goals(folder):
+    write(folder, SOUND_BENCHMARK, "made.benchmark.json")
+    title, _, head, _, row, _, *notes = results.speed_table("made").splitlines()
+    assert title == "**double, forward**, float32, allocator: fixed heap; 2 CPU cores"
+    assert [cell.strip() for cell in head.strip("|").split("|")] == [
+        "shape",
+        "eager, µs",
+        "fast",
+        "copy",
+    ]
+    ratio = "2.00 (1.50-2.25)"
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        "2×3",
+        "40",
+        ratio,
+        ratio,
+    ]
+    assert notes == [
+        "- goal met: a: 2, wanted at least 1.5.",
+        "- goal not met: b: 2, wanted at most 1.5.",
+        "- goal not measured: c: wanted at least 1.5.",
+        "- not measured: peer (not installed).",
+        "- no figure: other, double (2, 3), float32, forward, fixed heap: y is wrong.",
+    ]
+
+
+def test_the_speed_table_has_a_part_per_device_mode_and_setting_and_no_cell_for_the_missing():
+    record = copy.deepcopy(SOUND_BENCHMARK)
+    part = record["devices"]["2 CPU cores"]
+    other = copy.deepcopy(part["rows"][0]) | {"shape": [7, 7], "op": "double, in place"}
+    del other["contenders"]["fast"]
+    part["rows"] += [other, copy.deepcopy(other) | {"mode": "backward"}]
+    record["devices"]["a GPU"] = part | {"stale": "measured with other code"}
+    table = results.speed_table(record)
+    titles = [line for line in table.splitlines() if line.startswith("**")]
+    assert titles == [
+        f"**double, {mode}**, float32, allocator: fixed heap; {device}"
+        for device in record["devices"]
+        for mode in ("forward", "backward")
+    ]
+    assert table.count("- older than its code: measured with other code.") == 1
+    line = next(line for line in table.splitlines() if "7×7" in line)
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "7×7, in place",
+        "40",
+        "-",
+        "2.00 (1.50-2.25)",
+    ]
+    assert "2 CPU cores" not in results.speed_table(record, "a GPU")
+
+
+def test_a_gpu_shows_the_time_of_its_events():
+    record = copy.deepcopy(SOUND_BENCHMARK)
+    for contender in record["devices"]["2 CPU cores"]["rows"][0]["contenders"].values():
+        contender["cuda"] = contender.pop("cpu")
+    results.check(record, "benchmark")
+    assert "| 40        | 2.00 (1.50-2.25) |" in results.speed_table(record)
+
+
+def test_an_unknown_device_of_a_benchmark_is_answered_with_those_there_are():
+    with pytest.raises(ValueError, match="`device` must be one of 2 CPU cores; got 'a GPU'"):
+        results.speed_table(SOUND_BENCHMARK, "a GPU")
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(folder):

@@ -34,6 +34,29 @@ _FIELDS = {
 }
 _FIGURE_FIELDS = {"values": list, "mean": float, "standard_error": float, "unit": str}
 _PUBLISHED_FIELDS = {"figure": str, "source": str, "comparable": bool, "why": str}
+_PART_FIELDS = {
+    "command": str,
+    "versions": dict,
+    "load": list,
+    "seconds": float,
+    "threads": float,
+    "rounds": float,
+    "rows": list,
+}
+_ROW_FIELDS = {
+    "op": str,
+    "shape": list,
+    "dtype": str,
+    "mode": str,
+    "setting": str,
+    "baseline": str,
+    "contenders": dict,
+}
+_GATE_FIELDS = {"result": str, "error": float, "limit": float}
+_TIME_FIELDS = {"microseconds": float, "ratio": dict}
+_QUARTILES = {"q25": float, "median": float, "q75": float}
+_GOAL_FIELDS = {"what": str, "sense": str, "wanted": float}
+_CLOCKS = ("cpu", "wall", "cuda")
 _WORDS = {
     str: "text that is not empty",
     dict: "a mapping that is not empty",
@@ -97,12 +120,44 @@ def table(names: Iterable[str] | None = None) -> str:
     head = ["experiment", "figure", "mean ± standard error", "unit", "seeds", "published"]
     chosen = _stems("experiment") if names is None else names
     records = [load(name) for name in chosen]
-    rows = [row for record in records for row in _rows(record)]
-    rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [head, ["-" * width for width in widths], *rows]
-    table = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
-    return "\n".join([*table, "", *(note for record in records for note in _notes(record))])
+    table = _markdown(head, [row for record in records for row in _rows(record)])
+    return "\n".join([table, "", *(note for record in records for note in _notes(record))])
+
+
+def speed_table(name: str | Record, device: str | None = None) -> str:
+    """How many times as fast as the baseline every contender is, in Markdown.
+
+    One table per operation, mode, dtype and setting. A cell holds the median ratio of the rounds
+    and its quartiles, "1.83 (1.79-1.90)", in thread CPU time on a CPU and in the events of a GPU.
+    Under the tables stand the goals and what was not measured. For figures take the rows from
+    ``load(name, "benchmark")["devices"][device]["rows"]``.
+
+    Args:
+        name: of the benchmark, or its record.
+        device: one of the record's devices; all of them if not given.
+
+    Raises:
+        ValueError: if there is no such record, or no such device in it.
+    """
+    record = load(name, "benchmark") if isinstance(name, str) else name
+    devices = record["devices"]
+    if device is not None and device not in devices:
+        raise ValueError(f"`device` must be one of {', '.join(devices)}; got {device!r}")
+    chosen = devices if device is None else [device]
+    return "\n\n".join(block for each in chosen for block in _speed_blocks(each, devices[each]))
+
+
+def meets(reached: float | None, sense: str, wanted: float) -> bool | None:
+    """Whether a goal is met; None if it was not measured.
+
+    Args:
+        reached: what was measured.
+        sense: "at least" or "at most".
+        wanted: what was promised.
+    """
+    if reached is None:
+        return None
+    return reached >= wanted if sense == "at least" else reached <= wanted
 
 
 def summarise(values: Sequence[float], unit: str) -> dict[str, Any]:
@@ -137,18 +192,30 @@ def check(record: Record, kind: Kind = "experiment") -> None:
     ``comparable`` and ``why``). ``stale``, if it is there, says why the record may be older than
     its code.
 
+    A benchmark's record holds ``benchmark``, ``command``, ``code`` (of module, kernels and
+    benchmark) and ``devices``: for each device its ``command``, ``versions``, ``load`` (of the
+    machine, before), ``seconds``, ``threads``, ``rounds``, ``missing`` (contender to reason),
+    ``rows`` and ``goals``. A row is one case: ``op``, ``shape``, ``dtype``, ``mode``, ``setting``
+    (of the allocator), ``baseline``, ``bound`` where there is one, ``refused`` (contender to what
+    was wrong), and ``contenders``, each with its ``gate`` (largest error against float64, and the
+    limit) and, for each clock, ``microseconds`` and the quartiles of ``ratio``, baseline /
+    contender. A goal is ``what``, ``sense``, ``wanted``, ``reached`` and ``met``, the last two null
+    where nothing was measured.
+
     Raises:
         ValueError: naming the field, what it holds and what it should hold.
     """
     _check_fields("", record, _FIELDS[kind])
     if not re.fullmatch("[0-9a-f]{64}", record["code"]):
         raise ValueError(f"`code` must be a SHA-256 in hexadecimal; got {record['code']!r}")
+    if "stale" in record:
+        _check_fields("", record, {"stale": str})
     if kind == "benchmark":
+        for device, part in record["devices"].items():
+            _check_part(f"devices.{device}", part)
         return
     if record["seconds"] < 0:
         raise ValueError(f"`seconds` must not be negative; got {record['seconds']}")
-    if "stale" in record:
-        _check_fields("", record, {"stale": str})
     for name, figure in record["figures"].items():
         _check_figure(f"figures.{name}", figure)
     for number, claim in enumerate(record["published"]):
@@ -186,6 +253,71 @@ def _check_claim(path: str, claim: Any, figures: dict[str, Any]) -> None:
         )
 
 
+def _check_part(path: str, part: Any) -> None:
+    _check_fields(path, part, _PART_FIELDS | ({"stale": str} if "stale" in part else {}))
+    _check_reasons(f"{path}.missing", part.get("missing"))
+    for number, row in enumerate(part["rows"]):
+        _check_row(f"{path}.rows[{number}]", row)
+    if not isinstance(part.get("goals"), list):
+        raise ValueError(f"`{path}.goals` must be a list; got {part.get('goals')!r}")
+    for number, goal in enumerate(part["goals"]):
+        _check_goal(f"{path}.goals[{number}]", goal)
+
+
+def _check_row(path: str, row: Any) -> None:
+    _check_fields(path, row, _ROW_FIELDS)
+    _check_reasons(f"{path}.refused", row.get("refused"))
+    for field in ("baseline", "bound"):
+        if field in row and row[field] not in row["contenders"]:
+            known = ", ".join(row["contenders"])
+            raise ValueError(f"`{path}.{field}` must be one of {known}; got {row[field]!r}")
+    clocks = [clock for clock in _CLOCKS if clock in row["contenders"][row["baseline"]]]
+    if not clocks:
+        raise ValueError(f"`{path}.contenders.{row['baseline']}` has none of {', '.join(_CLOCKS)}")
+    for name, contender in row["contenders"].items():
+        _check_contender(f"{path}.contenders.{name}", contender, clocks)
+
+
+def _check_contender(path: str, contender: Any, clocks: list[str]) -> None:
+    _check_fields(path, contender, {"gate": dict} | dict.fromkeys(clocks, dict))
+    gate = contender["gate"]
+    _check_fields(f"{path}.gate", gate, _GATE_FIELDS)
+    if gate["error"] > gate["limit"]:
+        raise ValueError(
+            f"`{path}.gate.error` is {gate['error']}, above its limit {gate['limit']}: "
+            f"a wrong result has no speed"
+        )
+    for clock in clocks:
+        _check_fields(f"{path}.{clock}", contender[clock], _TIME_FIELDS)
+        ratio = contender[clock]["ratio"]
+        _check_fields(f"{path}.{clock}.ratio", ratio, _QUARTILES)
+        if not 0 < ratio["q25"] <= ratio["median"] <= ratio["q75"]:
+            raise ValueError(f"`{path}.{clock}.ratio` must rise from above zero; got {ratio}")
+
+
+def _check_goal(path: str, goal: Any) -> None:
+    _check_fields(path, goal, _GOAL_FIELDS)
+    if goal["sense"] not in ("at least", "at most"):
+        raise ValueError(f"`{path}.sense` must be 'at least' or 'at most'; got {goal['sense']!r}")
+    if "reached" not in goal or not (goal["reached"] is None or _is(goal["reached"], float)):
+        raise ValueError(
+            f"`{path}.reached` must be a finite number, or null where nothing was measured; "
+            f"got {goal.get('reached', 'no such field')!r}"
+        )
+    met = meets(goal["reached"], goal["sense"], goal["wanted"])
+    if goal.get("met", "no such field") is not met:
+        raise ValueError(
+            f"`{path}.met` must be {met}, because {goal['reached']} was reached and "
+            f"{goal['sense']} {goal['wanted']} wanted; got {goal.get('met', 'no such field')!r}"
+        )
+
+
+def _check_reasons(path: str, reasons: Any) -> None:
+    texts = reasons.values() if isinstance(reasons, dict) else [None]
+    if not all(_is(reason, str) for reason in texts):
+        raise ValueError(f"`{path}` must be a mapping from names to reasons; got {reasons!r}")
+
+
 def _check_fields(path: str, holder: Any, fields: dict[str, type]) -> None:
     if not isinstance(holder, dict):
         raise ValueError(f"`{path or 'record'}` must be a mapping; got {holder!r}")
@@ -204,6 +336,13 @@ def _is(value: Any, wanted: type) -> bool:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and math.isfinite(value)
     return isinstance(value, wanted) and len(value) > 0
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
 def _rows(record: Record) -> list[list[str]]:
@@ -239,6 +378,51 @@ def _notes(record: Record) -> list[str]:
         text = f"published {_value(claim)} ({claim['source']}); {comparable}: {claim['why']}."
         figures.setdefault(text, []).append(claim["figure"])
     return [f"- {', '.join(names)}: {text}" for text, names in figures.items()]
+
+
+def _speed_blocks(device: str, part: dict[str, Any]) -> list[str]:
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in part["rows"]:
+        op, _, _ = row["op"].partition(", ")  # behind the comma stands a variant
+        key = (op, *(row[field] for field in ("mode", "dtype", "setting", "baseline")))
+        groups.setdefault(key, []).append(row)
+    blocks = []
+    for (op, mode, dtype, setting, baseline), rows in groups.items():
+        names = dict.fromkeys(name for row in rows for name in row["contenders"])
+        names = [name for name in names if name != baseline]
+        head = ["shape", f"{baseline}, µs", *names]
+        table = _markdown(head, [_speeds(row, names) for row in rows])
+        blocks += [f"**{op}, {mode}**, {dtype}, allocator: {setting}; {device}", table]
+    return [*blocks, "\n".join(_speed_notes(part))]
+
+
+def _speeds(row: dict[str, Any], names: list[str]) -> list[str]:
+    contenders = row["contenders"]
+    clock = "cuda" if "cuda" in contenders[row["baseline"]] else "cpu"
+    _, comma, variant = row["op"].partition(", ")
+    cells = ["×".join(map(str, row["shape"])) + comma + variant]
+    cells.append(f"{contenders[row['baseline']][clock]['microseconds']:.4g}")
+    for name in names:
+        ratio = contenders[name][clock]["ratio"] if name in contenders else None
+        cell = "{median:.2f} ({q25:.2f}-{q75:.2f})"
+        cells.append("-" if ratio is None else cell.format(**ratio))
+    return cells
+
+
+def _speed_notes(part: dict[str, Any]) -> list[str]:
+    notes = [f"- older than its code: {part['stale']}."] if "stale" in part else []
+    for goal in part["goals"]:
+        verdict = {True: "met", False: "not met", None: "not measured"}[goal["met"]]
+        reached = "" if goal["reached"] is None else f"{goal['reached']:.3g}, "
+        what = f"{goal['what']}: {reached}wanted {goal['sense']} {goal['wanted']:g}"
+        notes.append(f"- goal {verdict}: {what}.")
+    notes += [f"- not measured: {name} ({reason})." for name, reason in part["missing"].items()]
+    for row in part["rows"]:
+        where = f"{row['op']} {tuple(row['shape'])}, " + ", ".join(
+            row[field] for field in ("dtype", "mode", "setting")
+        )
+        notes += [f"- no figure: {name}, {where}: {why}." for name, why in row["refused"].items()]
+    return notes
 
 
 def _stems(kind: Kind) -> list[str]:

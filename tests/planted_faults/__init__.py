@@ -16,6 +16,7 @@ class Fault:
         old: text that occurs exactly once in the file.
         new: what stands there instead.
         shows_on_page: whether nbval alone, on the chapter's notebook, must turn red too.
+        tests: which of the chapter's test files must turn red, `tests/test_CHAPTER{tests}.py`.
     """
 
     what: str
@@ -23,3 +24,4 @@ class Fault:
     old: str
     new: str
     shows_on_page: bool
+    tests: str = ""

@@ -1,0 +1,55 @@
+r"""Conditional layer normalisation: one network, one condition per example.
+
+.. math:: y_{bt} = \hat x_{bt} \odot \gamma_b + \beta_b, \qquad
+    \hat x = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}, \qquad
+    \gamma_b = \gamma + W_\gamma c_b, \quad \beta_b = \beta + W_\beta c_b
+
+Source: Su Jianlin, article 7124 (https://kexue.fm/archives/7124), 2019; for speech before that
+Kim, Song & Bengio 2017, Dynamic Layer Normalization (arXiv 1707.06065).
+"""
+
+from cln_tutorial.conditional_norm.conversion import (
+    conditional_parameters,
+    convert_layer_norms,
+    fold,
+    fold_into_linear,
+    freeze_base,
+)
+from cln_tutorial.conditional_norm.functional import (
+    available_backends,
+    conditional_layer_norm,
+    conditional_rms_norm,
+    gated_residual,
+    gated_residual_modulated_layer_norm,
+    modulated_layer_norm,
+    modulated_rms_norm,
+)
+from cln_tutorial.conditional_norm.language_model import ConditionalLanguageModel
+from cln_tutorial.conditional_norm.modules import (
+    AdaLNZero,
+    ConditionalLayerNorm,
+    ConditionalNorm,
+    ConditionalRMSNorm,
+    condition,
+)
+
+__all__ = [
+    "AdaLNZero",
+    "ConditionalLanguageModel",
+    "ConditionalLayerNorm",
+    "ConditionalNorm",
+    "ConditionalRMSNorm",
+    "available_backends",
+    "condition",
+    "conditional_layer_norm",
+    "conditional_parameters",
+    "conditional_rms_norm",
+    "convert_layer_norms",
+    "fold",
+    "fold_into_linear",
+    "freeze_base",
+    "gated_residual",
+    "gated_residual_modulated_layer_norm",
+    "modulated_layer_norm",
+    "modulated_rms_norm",
+]
