@@ -46,11 +46,16 @@ LAYER_NORM, PER_TOKEN, RMS_NORM = (
 )
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 
+# `auto` takes "numba" from the size of (16, 32, 64), not yet at (8, 32, 64); without Numba it takes
+# "native" from the size of an example of (16, 128, 768), not yet at (4, 128, 512).
 SHAPES = [
     (2, 4, 16),
+    (8, 32, 64),
+    (16, 32, 64),
     (32, 32, 128),
     (64, 64, 128),
     (8, 64, 256),
+    (4, 128, 512),
     (16, 128, 768),
     (32, 512, 768),
 ]

@@ -413,7 +413,7 @@ FAULTS = [
         "ctx.kind, ctx.backend = Kind(eps, rms, plus_one), backend\n",
         "ctx.kind, ctx.backend = Kind(eps, rms, plus_one), backend\n"
         "        ctx.save_for_backward(x, gamma, mean, rstd, y, gate)\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_ops",
     ),
     Fault(
@@ -431,6 +431,13 @@ FAULTS = [
         "moved = bias.to(wide).expand(around_one.shape)",
         shows_on_page=False,
         tests="_ops",
+    ),
+    Fault(
+        "the base is not frozen",
+        CONVERSION,
+        "parameter.requires_grad_(name in trained)",
+        "parameter.requires_grad_(True)",
+        shows_on_page=True,
     ),
     Fault(
         "the RMS norm takes the mean out",
