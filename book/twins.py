@@ -69,7 +69,9 @@ def execute(name: str) -> None:
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with tempfile.TemporaryDirectory() as empty:
-        client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": empty}})
+        resources = {"metadata": {"path": empty}}
+        # A cell that prints slowly would have several boxes.
+        client = NotebookClient(notebook, timeout=300, resources=resources, coalesce_streams=True)
         client.record_timing = False
         client.execute(env=env)
     notebook.metadata.pop("language_info", None)

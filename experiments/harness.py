@@ -74,15 +74,18 @@ class Experiment:
         checksums: from the settings to the checksums of the data.
         units: of each figure.
         published: as in the record.
+        texts: names of lists of texts that a job may give beside its figures; the record has those
+            of the first seed.
     """
 
     name: str
     settings: Any
     quick: Any
-    work: Callable[[Job], dict[str, float]]
+    work: Callable[[Job], dict[str, Any]]
     checksums: Callable[[Any], dict[str, Any]]
     units: dict[str, str]
     published: list[dict[str, Any]]
+    texts: tuple[str, ...] = ()
 
 
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None:
@@ -112,7 +115,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None
     else:
         finished = _share(finish, jobs, rank, world)
     if rank == 0:
-        record = about | _measured(experiment, finished)
+        record = about | _measured(experiment, finished, len(settings.seeds), chosen.quick)
         if chosen.output or not chosen.quick:
             write_record(experiment.name, record, chosen.output)
         if not chosen.quiet:
@@ -125,7 +128,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None
 def write_record(name: str, record: results.Record, path: Path | None = None) -> None:
     """Check a record and write it to where the book reads it, or to `path`."""
     results.check(record)
-    text = json.dumps(record, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path or ROOT / f"cln_tutorial/results/{name}.json", text.encode())
 
 
@@ -280,14 +283,23 @@ def _command(name: str, chosen: argparse.Namespace) -> str:
     return f"make reproduce NAME={name}"
 
 
-def _measured(experiment: Experiment, finished: list[dict[str, Any]]) -> dict[str, Any]:
+def _measured(
+    experiment: Experiment, finished: list[dict[str, Any]], seeds: int, quick: bool
+) -> dict[str, Any]:
     """Those fields of a record that come from the jobs, each figure with its values by seed."""
     figures = {}
     for figure, unit in experiment.units.items():
         values = [job["figures"][figure] for job in finished if figure in job["figures"]]
+        if quick and not values:
+            continue  # it leaves out some of the jobs
+        if len(values) != seeds:
+            raise ValueError(f"{figure!r} was measured {len(values)} times for {seeds} seeds")
         figures[figure] = results.summarise(values, unit)
+    given = {name: job["figures"][name] for job in reversed(finished) for name in job["figures"]}
+    texts = {name: given[name] for name in experiment.texts if name in given}
     return {
         "figures": figures,
+        **({"texts": texts} if texts else {}),
         "seconds": round(sum(job["seconds"] for job in finished), 1),
         "published": experiment.published,
     }

@@ -262,13 +262,18 @@ def test_each_gradient_has_the_dtype_of_its_input():
 @runs_kernels
 def test_a_small_bfloat16_scale_is_not_lost(function):
     x, dy = torch.randn(2, 2, 5, 33)
-    scale = torch.full((2, 33), 0.001).bfloat16()
+    scale = (0.001 + 0.0009 * torch.rand(2, 33)).bfloat16()
     run = on_triton(function)
     (y,), (dx, _), _ = results(run, [x, scale], [dy])
-    (plain,), (plain_dx, _), _ = results(run, [x, torch.zeros_like(scale)], [dy])
+    (plain,), _, _ = results(run, [x, torch.zeros_like(scale)], [dy])
     # In bfloat16 1 + s would be 1, an error of 1e-3; in float32 each product rounds by 6e-8.
-    assert relative_error(y, plain.double() * (1 + scale[0, 0].double())) <= 1e-6
-    assert relative_error(dx, plain_dx.double() * (1 + scale[0, 0].double())) <= 1e-6
+    assert (1 + scale == 1).all()
+    one_plus = (1 + scale.double())[:, None]
+    assert relative_error(y, plain.double() * one_plus) <= 1e-6
+    expected = torch.autograd.grad(
+        function(exact := x.double().requires_grad_(), scale.double()), exact, dy.double()
+    )
+    assert relative_error(dx, expected[0]) <= 1e-5
 
 
 # --- extremes -------------------------------------------------------------------------------------
@@ -484,3 +489,16 @@ def test_rows_without_gaps_or_with_aligned_ones_are_read_in_128_bits(dim, row, w
         lambda: kernels.forward(x, gamma, gamma, *[None] * 2, EPS, True, True), 80
     )
     assert set(found["forward_kernel"].loads) == widths
+
+
+@runs_kernels
+def test_a_float32_condition_is_not_rounded_to_the_half_type_of_x():
+    # float16: the interpreter cuts bfloat16 off instead of rounding it.
+    x, dy = torch.randn(2, 3, 20, 100).half()
+    scale, shift = torch.randn(2, 3, 100)
+    (y,), (dx, *_), _ = results(on_triton(conditional_layer_norm), [x, scale, shift], [dy])
+    exact = [t.double() for t in (x, scale, shift)]
+    (y_64,), (dx_64, *_), _ = results(formula, exact, [dy])
+    # With a condition rounded before, a fifth of the entries would differ.
+    assert (y == y_64.half()).double().mean() >= 0.99
+    assert (dx == dx_64.half()).double().mean() >= 0.99

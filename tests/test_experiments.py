@@ -363,52 +363,86 @@ def test_the_code_hash_of_a_folder_sees_all_its_files(tmp_path, monkeypatch):
     assert harness.code_hash("x") != after, "a file under another name"
 
 
-def test_both_variants_of_a_seed_start_from_the_same_weights():
-    plain = conditional_norm.start(conditional_norm.QUICK, 20, 0, conditional=False)
-    conditional = conditional_norm.start(conditional_norm.QUICK, 20, 0, conditional=True)
-    shared = plain.state_dict()
-    assert all(conditional.state_dict()[key].equal(value) for key, value in shared.items())
-    assert len(conditional.state_dict()) > len(shared)
+def quick_job(variant, folder=None, settings=conditional_norm.QUICK):
+    return harness.Job(variant, 0, settings, "cpu", folder)
+
+
+def test_all_ways_of_a_seed_start_from_the_same_weights():
+    data = conditional_norm.corpus(conditional_norm.QUICK, "chinese")
+    job = quick_job("chinese-none")
+    shared = conditional_norm.start(job, data, None).state_dict()
+    for way in set(conditional_norm.WAYS) - {"adaln_zero"}:
+        state = conditional_norm.start(job, data, way).state_dict()
+        assert all(state[key].equal(value) for key, value in shared.items()), way
+        assert len(state) > len(shared)
+    block = conditional_norm.start(job, data, "adaln_zero").blocks[0]  # whose norms have no weights
+    assert block.mlp_in.weight.equal(shared["blocks.0.mlp_in.weight"])
 
 
 def test_texts_become_start_characters_end_and_padding(monkeypatch):
     train = Split(("aab", "abcabcabc"), np.array([0, 1]))
     held_out = Split(("cxa",), np.array([1]))
-    monkeypatch.setattr(conditional_norm, "splits", lambda settings: (train, held_out, {}))
+    monkeypatch.setattr(conditional_norm, "splits", lambda *_: (train, held_out, {}))
     settings = replace(conditional_norm.QUICK, length=5, fewest_occurrences=4)
-    rows, held, size = conditional_norm.corpora(settings)
+    data = conditional_norm.corpus(settings, "chinese")
     # seen in train: a 5 times, b 4 times, c 3 times; so a = 4, b = 5, and c is unknown
-    assert size == 6
-    assert rows.tokens.tolist() == [[2, 4, 4, 5, 3, 0], [2, 4, 5, 1, 4, 5]]
-    assert rows.lengths.tolist() == [5, 6]
-    assert held.tokens.tolist() == [[2, 1, 1, 4, 3]]
-    assert conditional_norm.characters(rows) == 4 + 5
+    assert data.characters == ("", "", "", "", "a", "b")
+    assert data.train.tokens.tolist() == [[2, 4, 4, 5, 3, 0], [2, 4, 5, 1, 4, 5]]
+    assert data.train.lengths.tolist() == [5, 6]
+    assert data.held_out.tokens.tolist() == [[2, 1, 1, 4, 3]]
+    assert data.train.size == 4 + 5
 
 
-def test_the_likelihood_of_a_text_does_not_depend_on_its_batch():
-    settings = conditional_norm.QUICK
-    _, held_out, size = conditional_norm.corpora(settings)
-    model = conditional_norm.start(settings, size, 0, conditional=True)
-    together = conditional_norm.nll(model, held_out, held_out.labels)
-    with torch.no_grad():
-        for i in range(0, len(together), 17):
-            row = held_out.tokens[i : i + 1, : held_out.lengths[i]]
-            alone = model.nll(row, held_out.labels[i : i + 1]).item()
-            # sums of about 20 terms in float32, in another order
-            assert together[i].item() == pytest.approx(alone, rel=1e-5)
+def test_the_measures_of_samples_are_counted_by_hand():
+    # pairs: ab bc cd da ab bc cd | xy: 5 of 8 differ; 4-grams: abcd bcda cdab dabc abcd: 1 of 5
+    assert conditional_norm.variety(["abcdabcd", "xy"]) == {
+        "distinct-2": 100 * 5 / 8,
+        "repeated": 100 * 1 / 5,
+    }
+    assert conditional_norm.variety(["", "a"]) == {"distinct-2": 0.0, "repeated": 0.0}
+
+
+def test_mcnemar_counts_the_texts_that_one_alone_gets_right():
+    ours, theirs = np.array([1, 1, 1, 1, 0, 1], bool), np.array([1, 0, 0, 0, 1, 0], bool)
+    # four that ours alone gets right, one that theirs does: (4 - 1) / sqrt(5)
+    assert conditional_norm.mcnemar(ours, theirs) == pytest.approx(3 / 5**0.5)
+    assert conditional_norm.mcnemar(ours, ours) == 0.0
+
+
+def test_the_reliability_of_a_calibrated_and_of_a_vain_classifier():
+    rng = np.random.default_rng(0)
+    p = rng.uniform(0.5, 1, 20_000)
+    labels = (rng.uniform(size=p.size) >= p).astype(int)  # class 0 with probability p
+    sure = np.where(p > 0.5, 1.0, 0.0)
+    for said, gap in ((p, 0.0), (sure, 25.0)):
+        figures = conditional_norm.reliability(np.stack([said, 1 - said], 1), labels)
+        for g in range(conditional_norm.GROUPS):
+            row = f"reliability-{g + 1:02}"
+            # 2,000 texts in a group: standard error at most 1.1 points; five of them
+            difference = figures[f"{row}.said"] - figures[f"{row}.true"]
+            assert abs(difference - gap) < 5.6, (row, gap)
 
 
 @pytest.mark.data
 def test_a_short_training_on_the_real_reviews_tells_the_labels_apart(tmp_path, monkeypatch):
-    settings = conditional_norm.Settings(num_layers=1, dim=32, cond_dim=16, length=32, steps=120)
-    train, held_out, checksums = conditional_norm.splits(settings)
-    some = Split(held_out.texts[:600], held_out.labels[:600])
-    monkeypatch.setattr(conditional_norm, "splits", lambda settings: (train, some, checksums))
+    settings = replace(
+        conditional_norm.Settings(),
+        num_layers=1,
+        dim=32,
+        cond_dim=16,
+        length=32,
+        steps=150,
+        samples=20,
+    )
+    train, held_out, checksums = conditional_norm.splits(settings, "chinese")
+    some = Split(train.texts[:6000], train.labels[:6000])
+    few = Split(held_out.texts[:600], held_out.labels[:600])
+    monkeypatch.setattr(conditional_norm, "splits", lambda *_: (some, few, checksums))
     torch.set_num_threads(1)
-    figures = conditional_norm.work(harness.Job("conditional", 0, settings, "cpu", tmp_path))
-    # 3,073 characters: a model that knows nothing needs log(3073) = 8.03 nats
-    assert figures["held_out_true_label"] < 7
+    figures = conditional_norm.work(quick_job("chinese-norms", tmp_path, settings))
+    # Above 1,000 characters: a model that knows nothing needs more than log(1000) = 6.9 nats
+    assert figures["chinese-norms.right label"] < 6.5
     # Where the label has no effect, z is a standard normal (false alarm 3e-7), and the share is
     # 50 % with a standard error of 2 (the same).
-    assert figures["swap_gap_z"] > 5
-    assert figures["true_label_likelier"] > 60
+    assert figures["chinese-norms.z of the gap"] > 5
+    assert figures["chinese-norms.label likelier"] > 60

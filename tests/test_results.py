@@ -397,6 +397,51 @@ def test_the_table_shows_mean_error_unit_seeds_and_what_was_published(folder):
     assert constant.split("|")[-2].strip() == "-"
 
 
+def gridded():
+    figure = results.summarise
+    return SOUND | {
+        "published": [SOUND["published"][0] | {"figure": "zh-norms.gap"}],
+        "figures": {
+            "loss": figure([1.0, 2.0, 3.0], "nats"),
+            "zh-none.pairs": figure([4.0, 4.0, 4.0], "%"),
+            "zh-norms.gap": figure([1.0, 2.0, 3.0], "nats"),
+            "zh-norms.pairs": figure([5.0, 5.0, 5.0], "%"),
+            "made.gap": figure([6.0, 6.0, 6.0], "nats"),
+        },
+    }
+
+
+def test_figures_of_a_group_stand_in_a_grid_of_rows_and_columns(folder):
+    write(folder, gridded())
+    head, rule, none, norms, _, *notes = results.grid("made", "zh").splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in (head, none, norms)]
+    assert cells == [
+        ["zh", "pairs", "gap"],
+        ["none", "4 ± 0", "-"],
+        ["norms", "5 ± 0", "2.00 ± 0.58"],
+    ]
+    assert set(rule) == set("|- ")
+    assert notes == ["- pairs: %, 3 seeds.", "- gap: nats, 3 seeds."]
+
+
+def test_the_table_has_every_grid_below_the_figures_without_group(folder):
+    write(folder, gridded())
+    table = results.table()
+    assert table.count("| loss ") == 1
+    assert "zh-norms.gap |" not in table
+    for group in ("zh", "made"):
+        assert f"**made, {group}**\n\n{results.grid('made', group)}" in table
+    assert table.splitlines()[-1].startswith("- zh-norms.gap: published 1.25")
+
+
+def test_an_unknown_group_is_answered_with_those_there_are(folder):
+    write(folder, gridded())
+    with pytest.raises(ValueError, match="`group` must be one of zh, made; got 'norms'"):
+        results.grid("made", "norms")
+    with pytest.raises(ValueError, match="must be one of none; got 'zh'"):
+        results.grid(SOUND, "zh")
+
+
 def test_the_table_says_that_a_published_figure_is_missing_or_comparable(folder):
     record = changed(["published", 0, "value"], None)
     record["published"][0]["comparable"] = True

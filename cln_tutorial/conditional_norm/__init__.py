@@ -8,6 +8,7 @@ Source: Su Jianlin, article 7124 (https://kexue.fm/archives/7124), 2019; for spe
 Kim, Song & Bengio 2017, Dynamic Layer Normalization (arXiv 1707.06065).
 """
 
+from cln_tutorial.conditional_norm.adapter import load_adapter, save_adapter
 from cln_tutorial.conditional_norm.conversion import (
     conditional_parameters,
     convert_layer_norms,
@@ -24,7 +25,15 @@ from cln_tutorial.conditional_norm.functional import (
     modulated_layer_norm,
     modulated_rms_norm,
 )
-from cln_tutorial.conditional_norm.language_model import ConditionalLanguageModel
+from cln_tutorial.conditional_norm.generation import (
+    SwapGap,
+    generative_classifier,
+    sample,
+    swap_label_gap,
+    truncate_logits,
+)
+from cln_tutorial.conditional_norm.grammar import Grammar, made_reviews
+from cln_tutorial.conditional_norm.language_model import ConditionalLanguageModel, KeyValueCache
 from cln_tutorial.conditional_norm.modules import (
     AdaLNZero,
     ConditionalLayerNorm,
@@ -39,6 +48,9 @@ __all__ = [
     "ConditionalLayerNorm",
     "ConditionalNorm",
     "ConditionalRMSNorm",
+    "Grammar",
+    "KeyValueCache",
+    "SwapGap",
     "available_backends",
     "condition",
     "conditional_layer_norm",
@@ -50,6 +62,13 @@ __all__ = [
     "freeze_base",
     "gated_residual",
     "gated_residual_modulated_layer_norm",
+    "generative_classifier",
+    "load_adapter",
+    "made_reviews",
     "modulated_layer_norm",
     "modulated_rms_norm",
+    "sample",
+    "save_adapter",
+    "swap_label_gap",
+    "truncate_logits",
 ]

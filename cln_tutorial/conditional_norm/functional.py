@@ -327,3 +327,13 @@ def require_floats(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"`{name}` must be a tensor of a floating dtype; got {got}.")
+
+
+def require_indices(name: str, expectation: str, value: Tensor, size: int) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+        got = getattr(value, "dtype", type(value).__name__)
+        raise TypeError(f"`{name}`: {expectation} expected, a tensor of int64 or int32; got {got}.")
+    # What a compiler or a transform traces has no values to look at.
+    traced = torch.compiler.is_compiling() or fused._functorch_active()
+    if not traced and value.numel() and not 0 <= value.min() <= value.max() < size:
+        raise ValueError(f"`{name}` must lie in 0..{size - 1}; got {value.min()}..{value.max()}.")

@@ -108,11 +108,12 @@ def load(name: str, kind: Kind = "experiment") -> Record:
 
 
 def table(names: Iterable[str] | None = None) -> str:
-    """All figures of the experiments, a Markdown table that also reads as plain text.
+    """All figures of the experiments, Markdown tables that also read as plain text.
 
     One row per figure: its mean over the seeds ± the standard error of that mean, to the two
-    leading digits of the error, and what was published. Under the table stands where that was
-    published, and why it is (not) comparable.
+    leading digits of the error, and what was published. Figures named "group-row.column" stand in
+    the :func:`grid` of their group below. Under the tables stands where something was published,
+    and why it is (not) comparable.
 
     Args:
         names: the records to show; all of them if not given.
@@ -120,8 +121,40 @@ def table(names: Iterable[str] | None = None) -> str:
     head = ["experiment", "figure", "mean ± standard error", "unit", "seeds", "published"]
     chosen = _stems("experiment") if names is None else names
     records = [load(name) for name in chosen]
-    table = _markdown(head, [row for record in records for row in _rows(record)])
-    return "\n".join([table, "", *(note for record in records for note in _notes(record))])
+    rows = [row for record in records for row in _rows(record)]
+    blocks = [_markdown(head, rows)] if rows else []
+    for record in records:
+        for group in _groups(record):
+            blocks.append(f"**{record['experiment']}, {group}**\n\n{grid(record, group)}")
+    notes = [note for record in records for note in _notes(record)]
+    return "\n\n".join([*blocks, "\n".join(notes)])
+
+
+def grid(name: str | Record, group: str) -> str:
+    """The figures "group-row.column" of an experiment, one row per row, in Markdown.
+
+    Args:
+        name: of the record, or the record.
+        group: what stands before the first dash.
+
+    Raises:
+        ValueError: if there is no such record, or no such group in it.
+    """
+    record = load(name) if isinstance(name, str) else name
+    groups = _groups(record)
+    if group not in groups:
+        known = ", ".join(groups) or "none"
+        raise ValueError(f"`group` must be one of {known}; got {group!r}")
+    cells, units = groups[group], {}
+    for (_, column), figure in cells.items():
+        unit = f"{figure['unit']}, {len(figure['values'])} seeds"
+        units.setdefault(column, {})[unit] = None
+    rows = [
+        [row, *(_cell(cells.get((row, column))) for column in units)]
+        for row in dict.fromkeys(row for row, _ in cells)
+    ]
+    notes = [f"- {column}: {'; '.join(each)}." for column, each in units.items()]
+    return "\n".join([_markdown([group, *units], rows), "", *notes])
 
 
 def speed_table(name: str | Record, device: str | None = None) -> str:
@@ -356,7 +389,23 @@ def _rows(record: Record) -> list[list[str]]:
             "; ".join(_value(c) for c in record["published"] if c["figure"] == name) or "-",
         ]
         for name, figure in record["figures"].items()
+        if "." not in name
     ]
+
+
+def _groups(record: Record) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
+    """Figures named "group-row.column", by group and then by row and column."""
+    groups: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for name, figure in record["figures"].items():
+        row, dot, column = name.partition(".")
+        if dot:
+            group, _, short = row.partition("-")
+            groups.setdefault(group, {})[short or group, column] = figure
+    return groups
+
+
+def _cell(figure: dict[str, Any] | None) -> str:
+    return "-" if figure is None else _with_error(figure["mean"], figure["standard_error"])
 
 
 def _with_error(mean: float, error: float) -> str:
