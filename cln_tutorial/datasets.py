@@ -42,6 +42,8 @@ class LabelledTexts:
         name: what :func:`load` was asked for.
         train: the texts to learn from, all distinct, each with one label.
         held_out: the texts to measure on, likewise, and none of them in ``train``.
+        leaked: those that the files hold out although they are in their train file, likewise; to
+            show what a leak does, and for nothing else.
         class_names: ``class_names[label]`` is the class in words.
         removed: what the loader removed, in words, and how many. Kept and removed add up to the
             rows of the files; a zero says that the loader looked and found nothing.
@@ -53,6 +55,7 @@ class LabelledTexts:
     name: str
     train: Split
     held_out: Split
+    leaked: Split
     class_names: tuple[str, ...]
     removed: dict[str, int]
     sha256: dict[str, str]
@@ -276,10 +279,12 @@ def _clean(
     """
     train, held_out = _labels_by_text(train_rows), _labels_by_text(held_out_rows)
     unseen = {text: labels for text, labels in held_out.items() if text not in train}
+    seen = {text: labels for text, labels in held_out.items() if text in train}
     train_split, held_out_split = _one_label(train), _one_label(unseen)
     return LabelledTexts(
         train=train_split,
         held_out=held_out_split,
+        leaked=_one_label(seen),
         removed={
             "train rows that repeat an earlier train text": len(train_rows) - len(train),
             "train texts with both labels": len(train) - len(train_split.texts),

@@ -22,10 +22,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -47,6 +47,7 @@ class Job:
     device: str
     folder: Path
     quiet: bool = True
+    part: str = "training"  # of the job, where it trains more than once
     started: float = 0.0  # on this process's clock, as if the job had never been interrupted
 
     @property
@@ -54,8 +55,12 @@ class Job:
         return f"{self.variant}-{self.seed}"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.folder / self.name
+
+    @property
     def checkpoint(self) -> Path:
-        return self.folder / f"{self.name}.safetensors"
+        return self.checkpoints / f"{self.part}.safetensors"
 
     @property
     def result(self) -> Path:
@@ -70,9 +75,10 @@ class Experiment:
         name: of the chapter.
         settings: frozen dataclass, with at least `seeds` and `variants`.
         quick: the same for a run of seconds that proves the machinery and measures nothing.
+        tuning: the same for a run that compares settings, on texts held back from training.
         work: computes the figures of one job, and keeps its state in a `Checkpoint`.
         checksums: from the settings to the checksums of the data.
-        units: of each figure.
+        units: from the settings to the unit of each figure.
         published: as in the record.
         texts: names of lists of texts that a job may give beside its figures; the record has those
             of the first seed.
@@ -83,15 +89,16 @@ class Experiment:
     quick: Any
     work: Callable[[Job], dict[str, Any]]
     checksums: Callable[[Any], dict[str, Any]]
-    units: dict[str, str]
+    units: Callable[[Any], dict[str, str]]
     published: list[dict[str, Any]]
     texts: tuple[str, ...] = ()
+    tuning: Any = None
 
 
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None:
     """Run what is not finished yet and write the record."""
     chosen = _parse(experiment, arguments)
-    settings = experiment.quick if chosen.quick else experiment.settings
+    settings = getattr(experiment, chosen.which)
     about = {
         "experiment": experiment.name,
         "command": _command(experiment.name, chosen),
@@ -115,10 +122,10 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None
     else:
         finished = _share(finish, jobs, rank, world)
     if rank == 0:
-        record = about | _measured(experiment, finished, len(settings.seeds), chosen.quick)
-        if chosen.output or not chosen.quick:
+        record = about | _measured(experiment, finished, settings)
+        if chosen.output or chosen.which == "settings":
             write_record(experiment.name, record, chosen.output)
-        if not chosen.quiet:
+        if not chosen.quiet or chosen.which == "tuning":
             for figure, each in record["figures"].items():
                 print(f"{figure}: {each['mean']:.5g} ± {each['standard_error']:.2g} {each['unit']}")
         # State is there to finish a run, not to spare the next one: a second run measures again.
@@ -178,7 +185,7 @@ class Checkpoint:
     def steps(self, total: int) -> Iterator[int]:
         """The numbers of the steps still to do, with a bar that shows `figures`."""
         bar = tqdm(
-            desc=self.job.name,
+            desc=f"{self.job.name}, {self.job.part}",
             initial=self.step,
             total=total,
             disable=self.job.quiet,
@@ -247,7 +254,7 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": np.__version__,
+        **{name: metadata.version(name) for name in ("numpy", "scipy", "scikit-learn")},
     }
 
 
@@ -264,36 +271,45 @@ def _parse(experiment: Experiment, arguments: Sequence[str] | None) -> argparse.
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--workers", type=int, default=_cores(), help="jobs at a time")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run finished")
-    parser.add_argument("--quick", action="store_true", help="made data, seconds, no record")
+    which = parser.add_mutually_exclusive_group()
+    which.set_defaults(which="settings")
+    for flag, what in {
+        "quick": "made data, seconds, no record",
+        "tuning": "compare settings on texts held back from training, no record",
+    }.items():
+        which.add_argument(f"--{flag}", action="store_const", const=flag, dest="which", help=what)
     parser.add_argument("--output", type=Path, help="write the record elsewhere")
     parser.add_argument("--state", type=Path, default=state, help="folder of the unfinished runs")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     chosen = parser.parse_args(arguments)
     if chosen.workers < 1:
         parser.error(f"--workers must be at least 1; got {chosen.workers}")
+    if chosen.which == "tuning" and (chosen.output or experiment.tuning is None):
+        parser.error("--tuning: this experiment has none, or `--output` was given: no record")
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this PyTorch sees no GPU")
     return chosen
 
 
 def _command(name: str, chosen: argparse.Namespace) -> str:
-    flags = [f"--device {chosen.device}"] * (chosen.device != "cpu") + ["--quick"] * chosen.quick
+    flags = [f"--device {chosen.device}"] * (chosen.device != "cpu")
+    flags += [f"--{chosen.which}"] * (chosen.which != "settings")
     if flags:
         return " ".join([f"python -m experiments.{name}", *flags])
     return f"make reproduce NAME={name}"
 
 
 def _measured(
-    experiment: Experiment, finished: list[dict[str, Any]], seeds: int, quick: bool
+    experiment: Experiment, finished: list[dict[str, Any]], settings: Any
 ) -> dict[str, Any]:
     """Those fields of a record that come from the jobs, each figure with its values by seed."""
     figures = {}
-    for figure, unit in experiment.units.items():
+    for figure, unit in experiment.units(settings).items():
         values = [job["figures"][figure] for job in finished if figure in job["figures"]]
-        if quick and not values:
-            continue  # it leaves out some of the jobs
-        if len(values) != seeds:
-            raise ValueError(f"{figure!r} was measured {len(values)} times for {seeds} seeds")
+        if len(values) != len(settings.seeds):
+            raise ValueError(
+                f"{figure!r} was measured {len(values)} times for {len(settings.seeds)} seeds"
+            )
         figures[figure] = results.summarise(values, unit)
     given = {name: job["figures"][name] for job in reversed(finished) for name in job["figures"]}
     texts = {name: given[name] for name in experiment.texts if name in given}
@@ -329,13 +345,13 @@ def _finish(work: Callable[[Job], dict[str, float]], job: Job, fresh: bool) -> d
     """The figures and seconds of a job; from its file, if an earlier run came to its end."""
     if fresh:
         job.result.unlink(missing_ok=True)
-        job.checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(job.checkpoints, ignore_errors=True)
     if not job.result.exists():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic, says CUDA
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(1)
-        earlier = _about(job.checkpoint)["seconds"] if job.checkpoint.exists() else 0.0
-        job = replace(job, started=time.perf_counter() - earlier)
+        earlier = [_about(part)["seconds"] for part in job.checkpoints.glob("*.safetensors")]
+        job = replace(job, started=time.perf_counter() - max(earlier, default=0.0))
         figures = work(job)
         result = {"figures": figures, "seconds": time.perf_counter() - job.started}
         write_atomically(job.result, json.dumps(result).encode())

@@ -1,5 +1,6 @@
 """The language model under a condition: its conditions, cache, samples, and what it can tell."""
 
+import copy
 import itertools
 import math
 
@@ -212,6 +213,17 @@ def test_adaln_zero_starts_with_every_branch_closed():
     assert torch.allclose(model(TEXTS, torch.tensor([0, 1])), expected, atol=1e-5)
 
 
+def test_the_blocks_of_adaln_zero_start_as_large_as_those_of_the_paper():
+    blocks = ConditionalLanguageModel(50, conditioning="adaln_zero").blocks
+    for name in ("attention_in", "attention_out", "mlp_in", "mlp_out"):
+        weight = torch.stack([getattr(block, name).weight.detach() for block in blocks])
+        # Xavier: uniform with variance 2 / (inputs + outputs), so 4/5 of its square is that of the
+        # square; five standard errors.
+        expected = 2 / sum(weight[0].shape)
+        error = expected * (4 / 5 / weight.numel()) ** 0.5
+        assert abs(weight.square().mean() - expected) < 5 * error, name
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_reads_each_text_under_its_own_condition(way):
     model = conditional_model(way)
@@ -317,13 +329,15 @@ def test_a_prefix_is_a_token_before_the_text_that_predicts_nothing():
     assert torch.allclose(model(TEXTS, torch.tensor([0, 1])), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("way", ["norms", "last_norm", "modulated"])
+@pytest.mark.parametrize("way", ["norms", "last_norm", "last_shift", "modulated"])
 def test_conditions_of_norms_fold_into_the_plain_model(way):
     model = conditional_model(way)
     plain = small_language_model(num_classes=None).double()
     for label in (0, 1):
+        before = copy.deepcopy(model.state_dict())
         plain.load_state_dict(model.fold(label).state_dict(), strict=True)
         assert torch.allclose(plain(TEXTS), model(TEXTS, torch.tensor([label] * 2)), atol=1e-12)
+        assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_model_without_classes_takes_vectors():

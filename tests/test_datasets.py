@@ -186,6 +186,7 @@ def child(url, **options):
 def test_repeats_contradictions_and_leaks_are_removed_and_counted(server):
     loaded = datasets.load("reviews", progress=False)
     assert (content_of(loaded.train), content_of(loaded.held_out)) == CLEAN_REVIEWS
+    assert content_of(loaded.leaked) == (("好", "mixed case", "混"), [1, 1, 0])
     assert loaded.train.labels.dtype == loaded.held_out.labels.dtype == np.int64
     assert loaded.removed == {
         "train rows that repeat an earlier train text": 3,

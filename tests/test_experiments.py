@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from cln_tutorial.conditional_norm import swap_label_gap
 from cln_tutorial.datasets import Split
 from experiments import conditional_norm, harness
 
@@ -172,7 +174,7 @@ def toy(done, fail_at=None, settings=Toy(), checksum="0", quick=Toy(factor=0.0))
         quick=quick,
         work=work,
         checksums=lambda settings: {"made": checksum},
-        units={"a": "apples", "b": "pears"},
+        units=lambda settings: {"a": "apples", "b": "pears"},
         published=[
             {"figure": "a", "value": None, "source": "none", "comparable": False, "why": "made"}
         ],
@@ -210,6 +212,23 @@ def test_a_second_run_measures_again(tmp_path):
     assert first | {"seconds": 0} == second | {"seconds": 0}
 
 
+def test_fresh_forgets_all_parts_of_a_job_and_the_seconds_of_none_are_lost(tmp_path):
+    job = harness.Job("parts", 0, None, "cpu", tmp_path, started=time.perf_counter() - 100)
+    train(a_training(job), 6)
+    later = replace(job, part="adaptation", started=job.started - 50)
+    train(a_training(later), 3)
+    begun = []
+
+    def work(job):
+        begun.append([a_training(replace(job, part=part)).step for part in (job.part, later.part)])
+        return {"figure": 1.0}
+
+    seconds = [harness._finish(work, job, fresh=fresh)["seconds"] for fresh in (False, True)]
+    assert begun == [[6, 3], [0, 0]]
+    assert 150 < seconds[0] < 250
+    assert seconds[1] < 50
+
+
 def test_fresh_forgets_what_was_finished(interrupted):
     done = []
     run(interrupted, toy(done), "--fresh")
@@ -241,6 +260,23 @@ def test_a_quick_run_never_writes_the_record_of_the_book(tmp_path, monkeypatch):
     assert not written
     harness.main(toy([]), arguments)
     assert [name for name, _, path in written if path is None] == ["conditional_norm"]
+
+
+def test_a_tuning_run_prints_and_writes_no_record(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "write_record", lambda *a: pytest.fail("a record"))
+    experiment = replace(toy([]), tuning=Toy(seeds=(7, 9), factor=3.0))
+    arguments = ["--workers", "1", "--state", str(tmp_path), "--tuning"]
+    harness.main(experiment, arguments)
+    assert capsys.readouterr().out.splitlines()[0] == "a: 24 ± 3 apples"
+    for wrong in (experiment, [*arguments, "--output", "x"]), (toy([]), arguments):
+        with pytest.raises(SystemExit):
+            harness.main(*wrong)
+
+
+def test_a_figure_that_a_job_did_not_give_is_an_error(tmp_path):
+    lazy = replace(toy([]), work=lambda job: {"a": 1.0} if job.seed else {})
+    with pytest.raises(ValueError, match="'a' was measured 4 times for 3 seeds"):
+        run(tmp_path, lazy)
 
 
 def test_a_gpu_that_is_not_there_is_one_clear_line(monkeypatch, capsys):
@@ -375,14 +411,16 @@ def test_all_ways_of_a_seed_start_from_the_same_weights():
         state = conditional_norm.start(job, data, way).state_dict()
         assert all(state[key].equal(value) for key, value in shared.items()), way
         assert len(state) > len(shared)
-    block = conditional_norm.start(job, data, "adaln_zero").blocks[0]  # whose norms have no weights
-    assert block.mlp_in.weight.equal(shared["blocks.0.mlp_in.weight"])
+    state = conditional_norm.start(
+        job, data, "adaln_zero"
+    ).state_dict()  # its blocks start as DiT's
+    assert state["embedding.weight"].equal(shared["embedding.weight"])
 
 
 def test_texts_become_start_characters_end_and_padding(monkeypatch):
     train = Split(("aab", "abcabcabc"), np.array([0, 1]))
     held_out = Split(("cxa",), np.array([1]))
-    monkeypatch.setattr(conditional_norm, "splits", lambda *_: (train, held_out, {}))
+    monkeypatch.setattr(conditional_norm, "splits", lambda *_: (train, held_out, train, {}))
     settings = replace(conditional_norm.QUICK, length=5, fewest_occurrences=4)
     data = conditional_norm.corpus(settings, "chinese")
     # seen in train: a 5 times, b 4 times, c 3 times; so a = 4, b = 5, and c is unknown
@@ -391,15 +429,69 @@ def test_texts_become_start_characters_end_and_padding(monkeypatch):
     assert data.train.lengths.tolist() == [5, 6]
     assert data.held_out.tokens.tolist() == [[2, 1, 1, 4, 3]]
     assert data.train.size == 4 + 5
+    assert data.decode(data.train.tokens) == ["aab", "abab"]
 
 
 def test_the_measures_of_samples_are_counted_by_hand():
     # pairs: ab bc cd da ab bc cd | xy: 5 of 8 differ; 4-grams: abcd bcda cdab dabc abcd: 1 of 5
-    assert conditional_norm.variety(["abcdabcd", "xy"]) == {
+    assert conditional_norm.variety(["abcdabcd", "xy"], 8) == {
         "distinct-2": 100 * 5 / 8,
         "repeated": 100 * 1 / 5,
     }
-    assert conditional_norm.variety(["", "a"]) == {"distinct-2": 0.0, "repeated": 0.0}
+    assert conditional_norm.variety(["", "aaa"], 1) == {"distinct-2": 100.0, "repeated": 0.0}
+    with pytest.raises(ValueError, match="8 character pairs, fewer than the 9"):
+        conditional_norm.variety(["abcdabcd", "xy"], 9)
+
+
+def test_the_measures_of_likelihoods_are_those_of_the_package(tmp_path):
+    settings = conditional_norm.QUICK
+    data, job = conditional_norm.corpus(settings, "chinese"), quick_job("chinese-norms", tmp_path)
+    model = conditional_norm.start(job, data, "norms")
+    conditional_norm.train(job, model, data, model.nll)
+    losses = conditional_norm.likelihoods(model.nll, data.held_out, "cpu")
+    found = conditional_norm.measures(losses, data.held_out.truth, data.held_out.size)
+    expected = swap_label_gap(model, data.held_out.batches("cpu"))
+    assert found["right label"] == pytest.approx(expected.true, rel=1e-9)
+    assert found["swapped label"] == pytest.approx(expected.swapped, rel=1e-9)
+    assert found["swap gap"] == pytest.approx(expected.gap, rel=1e-9)
+    assert found["z of the gap"] == pytest.approx(expected.z, rel=1e-9)
+    share = expected.likelier
+    assert found["label likelier"] == pytest.approx(100 * share)
+    n = len(losses)  # of zeros and ones, n - 1 in the variance
+    error = 100 * (share * (1 - share) / (n - 1)) ** 0.5
+    assert found["its error over texts"] == pytest.approx(error)
+
+
+def test_only_the_matrices_of_the_base_decay_and_the_condition_has_a_rate_of_its_own():
+    data = conditional_norm.corpus(conditional_norm.QUICK, "chinese")
+    plain = dict(conditional_norm.start(quick_job("chinese-none"), data, None).named_parameters())
+    for way in conditional_norm.WAYS:
+        model = conditional_norm.start(quick_job(f"chinese-{way}"), data, way)
+        groups = conditional_norm.groups(model, 0.5, (1e-3, 1e-4))
+        assert [group["lr"] for group in groups] == [1e-3, 1e-3, 1e-4]
+        assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.0]
+        names = {id(p): name for name, p in model.named_parameters()}
+        matrices, vectors, new = ({names[id(p)] for p in g["params"]} for g in groups)
+        assert matrices == {name for name, p in plain.items() if p.ndim == 2}
+        assert vectors == {name for name, p in model.named_parameters() if p.ndim == 1}
+        assert new == set(names.values()) - matrices - vectors != set()
+
+
+def test_tuning_never_sees_the_held_out_side(monkeypatch):
+    texts = tuple(f"text {number}" for number in range(100))
+    train = Split(texts[:80], np.arange(80) % 2)
+    loaded = SimpleNamespace(
+        train=train, held_out=Split(texts[80:], np.arange(20) % 2), leaked=train, sha256={}
+    )
+    monkeypatch.setattr(conditional_norm.datasets, "load", lambda *a, **k: loaded)
+    settings = replace(conditional_norm.TUNING, held_back=30)
+    kept, back, *_ = conditional_norm.splits(settings, "chinese")
+    assert (len(kept.texts), len(back.texts)) == (50, 30)
+    assert set(kept.texts) | set(back.texts) == set(train.texts)
+    assert all(
+        int(text.split()[1]) % 2 == y for text, y in zip(back.texts, back.labels, strict=True)
+    )
+    assert not set(conditional_norm.TUNING.seeds) & set(conditional_norm.Settings().seeds)
 
 
 def test_mcnemar_counts_the_texts_that_one_alone_gets_right():
@@ -431,13 +523,16 @@ def test_a_short_training_on_the_real_reviews_tells_the_labels_apart(tmp_path, m
         dim=32,
         cond_dim=16,
         length=32,
-        steps=150,
+        steps=250,
+        batch=32,
+        warm_up=20,
         samples=20,
+        pairs=200,
     )
-    train, held_out, checksums = conditional_norm.splits(settings, "chinese")
-    some = Split(train.texts[:6000], train.labels[:6000])
-    few = Split(held_out.texts[:600], held_out.labels[:600])
-    monkeypatch.setattr(conditional_norm, "splits", lambda *_: (some, few, checksums))
+    train, held_out, *others = conditional_norm.splits(settings, "chinese")
+    some = conditional_norm.some(train, range(6000))
+    few = conditional_norm.some(held_out, range(600))
+    monkeypatch.setattr(conditional_norm, "splits", lambda *_: (some, few, *others))
     torch.set_num_threads(1)
     figures = conditional_norm.work(quick_job("chinese-norms", tmp_path, settings))
     # Above 1,000 characters: a model that knows nothing needs more than log(1000) = 6.9 nats

@@ -147,8 +147,21 @@ def test_no_shipped_benchmark_is_older_than_the_code_it_measured_unless_it_says_
 def test_every_shipped_figure_stands_in_the_table():
     table = results.table()
     for name in results.names():
-        for figure in results.load(name)["figures"]:
-            assert sum(f"| {name} " in r and f"| {figure} " in r for r in table.splitlines()) == 1
+        for figure, each in results.load(name)["figures"].items():
+            row, dot, column = figure.partition(".")
+            if not dot:
+                rows = [r for r in table.splitlines() if f"| {name} " in r and f"| {figure} " in r]
+                assert len(rows) == 1, figure
+                continue
+            group, _, short = row.partition("-")
+            grid = table.split(f"**{name}, {group}**")[1].split("\n**")[0]
+            lines = [line.strip("| ").split("|") for line in grid.splitlines() if line[:1] == "|"]
+            head, *rows = [[cell.strip() for cell in line] for line in lines]
+            (found,) = [line[head.index(column)] for line in rows if line[0] == (short or group)]
+            mean, error = map(float, found.split(" ± "))
+            assert mean == pytest.approx(each["mean"], abs=each["standard_error"] / 5, rel=1e-3)
+            assert error == pytest.approx(each["standard_error"], rel=0.06)  # two digits
+            assert f"- {column}: {each['unit']}, {len(each['values'])} seeds" in grid
 
 
 def test_a_sound_record_passes():
@@ -422,6 +435,12 @@ def test_figures_of_a_group_stand_in_a_grid_of_rows_and_columns(folder):
     ]
     assert set(rule) == set("|- ")
     assert notes == ["- pairs: %, 3 seeds.", "- gap: nats, 3 seeds."]
+    head, _, none, norms, _, note = results.grid("made", "zh", ["gap"]).splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in (head, none, norms)]
+    assert cells == [["zh", "gap"], ["none", "-"], ["norms", "2.00 ± 0.58"]]
+    assert note == "- gap: nats, 3 seeds."
+    with pytest.raises(ValueError, match="`columns` must be of pairs, gap; got 'gaps'"):
+        results.grid("made", "zh", ["gaps"])
 
 
 def test_the_table_has_every_grid_below_the_figures_without_group(folder):

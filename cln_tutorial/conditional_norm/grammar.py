@@ -18,9 +18,9 @@ Step = Callable[[Hashable], Mapping[str, tuple[float, Hashable]]]
 
 
 class Grammar:
-    r"""A distribution over texts for every label, :math:`p(x \mid c) = \prod_t p(x_t \mid z_t)`.
+    r"""A distribution over texts for every label, :math:`p(x \mid c) = \prod_t p(x_t \mid m_t)`.
 
-    The grammar is a weighted automaton: the words so far determine the state :math:`z_t`, the
+    The grammar is a weighted automaton: the words so far determine the state :math:`m_t`, the
     state the next word. So any text is scored exactly, and entropies are sums over the states.
 
     Tokens are 0 for padding, 1 for the start, 2 for the end, then the words in alphabetical order.

@@ -1,6 +1,7 @@
 """A small language model under a condition, with the ways to condition it side by side."""
 
 import contextlib
+import copy
 from typing import Literal, get_args
 
 import torch
@@ -62,7 +63,8 @@ class ConditionalLanguageModel(nn.Module):
     ``"modulated"`` and ``"input"`` start as the same function.
 
     Source: article 7124, experiment A; linear layers start as in GPT-2 (Radford et al. 2019),
-    embeddings at ``0.5 * dim ** -0.5``; ``"adaln_zero"`` is that of DiT (arXiv 2212.09748).
+    embeddings at ``0.5 * dim ** -0.5``; ``"adaln_zero"`` is that of DiT (arXiv 2212.09748), whose
+    linear layers start larger (Xavier).
 
     Example:
         >>> model = ConditionalLanguageModel(50, num_classes=2, dim=16, num_layers=1)
@@ -170,13 +172,18 @@ class ConditionalLanguageModel(nn.Module):
         Raises:
             ValueError: if there is no such label, or the condition acts outside the norms.
         """
-        if self.conditioning not in ("norms", "last_norm", "modulated"):
+        if self.conditioning not in ("norms", "last_norm", "last_shift", "modulated"):
             raise ValueError(
                 f"`fold` needs a condition that acts in the norms alone; got a model whose "
                 f"`conditioning` is {self.conditioning!r}."
             )
         c = self._condition(torch.tensor([label], device=self.embedding.weight.device), 1)
-        folded = fold(self, c[0].detach())
+        if self.conditioning == "last_shift":
+            folded = copy.deepcopy(self)
+            folded.norm.bias.data += folded.cond_in(c)[0].detach()
+            del folded.cond_in
+        else:
+            folded = fold(self, c[0].detach())
         folded.class_embedding = folded.conditioning = None
         return folded
 
@@ -208,6 +215,9 @@ class ConditionalLanguageModel(nn.Module):
                         module.__class__ = _ModulatedLayerNorm
             case "adaln_zero":
                 for block in self.blocks:
+                    for linear in block.children():
+                        # As large as in DiT: behind closed gates small ones would start slowly.
+                        nn.init.xavier_uniform_(linear.weight)
                     block.modulation = AdaLNZero(dim, cond_dim)
                 self.modulation = AdaLNZero(dim, cond_dim, n_outputs=2)
                 self.norm = nn.Identity()  # the modulation normalises

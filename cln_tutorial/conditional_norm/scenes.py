@@ -78,7 +78,7 @@ def scene_captions() -> Grammar:
     r"""Return the grammar of the captions; label ``i`` is ``SCENES[i]``.
 
     Each of the four captions of a scene has probability 1/4, and no text belongs to two scenes. So
-    :math:`H(x \mid c) = \log 4`, and :math:`H(x) = \log 4N` for ``N`` equally likely scenes.
+    :math:`H(x \mid c) = \log 4`, and :math:`H(x) = \log 4K` for ``K`` equally likely scenes.
 
     Example:
         >>> grammar = scene_captions()
@@ -170,6 +170,7 @@ class ImageEncoder(nn.Module):
     def forward(
         self, images: Float[Tensor, "batch channels side side"]
     ) -> Float[Tensor, "batch cond_dim"]:
+        """Return the vector of each image; their pixels lie in 0..1."""
         if not isinstance(images, Tensor) or not images.is_floating_point():
             got = getattr(images, "dtype", type(images).__name__)
             raise TypeError(f"`images` must be floating point, in 0..1; got {got}.")

@@ -130,15 +130,16 @@ def table(names: Iterable[str] | None = None) -> str:
     return "\n\n".join([*blocks, "\n".join(notes)])
 
 
-def grid(name: str | Record, group: str) -> str:
+def grid(name: str | Record, group: str, columns: Sequence[str] | None = None) -> str:
     """The figures "group-row.column" of an experiment, one row per row, in Markdown.
 
     Args:
         name: of the record, or the record.
         group: what stands before the first dash.
+        columns: which to show, in this order; all of them if not given.
 
     Raises:
-        ValueError: if there is no such record, or no such group in it.
+        ValueError: if there is no such record, no such group in it, or no such column in that.
     """
     record = load(name) if isinstance(name, str) else name
     groups = _groups(record)
@@ -149,6 +150,10 @@ def grid(name: str | Record, group: str) -> str:
     for (_, column), figure in cells.items():
         unit = f"{figure['unit']}, {len(figure['values'])} seeds"
         units.setdefault(column, {})[unit] = None
+    for column in columns or ():
+        if column not in units:
+            raise ValueError(f"`columns` must be of {', '.join(units)}; got {column!r}")
+    units = {column: units[column] for column in columns or units}
     rows = [
         [row, *(_cell(cells.get((row, column))) for column in units)]
         for row in dict.fromkeys(row for row, _ in cells)

@@ -1346,4 +1346,20 @@ FAULTS = [
         shows_on_page=False,
         tests="_adapter",
     ),
+    Fault(
+        "folding a last shift changes the model itself",
+        MODEL,
+        "            folded = copy.deepcopy(self)\n",
+        "            folded = copy.copy(self)\n",
+        shows_on_page=False,
+        tests="_generation",
+    ),
+    Fault(
+        "behind closed gates the blocks start small",
+        MODEL,
+        "                        nn.init.xavier_uniform_(linear.weight)\n",
+        "                        pass\n",
+        shows_on_page=False,
+        tests="_generation",
+    ),
 ]
