@@ -965,7 +965,7 @@ FAULTS = [
         GENERATION,
         "logits = null + guidance",
         "logits = logits + guidance",
-        shows_on_page=True,
+        shows_on_page=False,
         tests="_generation",
     ),
     Fault(
