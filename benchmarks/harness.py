@@ -68,11 +68,14 @@ class Contender:
         expected: the same in float64 and in this order, from a formula that shares no code with
             it; by the names that the case gives limits to.
         forward: if given, its result's graph is searched for the memory that it keeps.
+        checked: if given, what the gate calls in place of ``run``, once and before it: for what
+            changes its input, starts from a known one and returns the results.
     """
 
-    run: Callable[[], Sequence[Tensor]]
+    run: Callable[[], Sequence[Tensor] | None]
     expected: dict[str, Tensor]
     forward: Callable[[], Tensor] | None = None
+    checked: Callable[[], Sequence[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,8 @@ class Benchmark:
         missing: from the device to the contenders that cannot run here, each with the reason.
         packages: those beside PyTorch whose versions the figures depend on.
         goals: from the device to its goals.
+        peers: contenders of others. That one of them is refused is a finding, and no failure.
+        pace: how long to measure.
     """
 
     name: str
@@ -147,6 +152,8 @@ class Benchmark:
     missing: Callable[[str], dict[str, str]]
     packages: Sequence[str]
     goals: Callable[[str], list[Goal]]
+    peers: Sequence[str] = ()
+    pace: Pace = Pace()
 
 
 def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> None:
@@ -156,7 +163,7 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> None:
     earlier = _read(path)  # before the work: what is there must not turn out wrong after it
     load, started = os.getloadavg(), time.perf_counter()
     cases = (benchmark.quick if chosen.quick else benchmark.cases)(chosen.device)
-    pace = Pace(rounds=3, shortest=0.0005) if chosen.quick else Pace()
+    pace = Pace(rounds=3, shortest=0.0005) if chosen.quick else benchmark.pace
     rows = []
     for setting in SETTINGS if chosen.device == "cpu" else ["default"]:
         rows += in_child(setting, _measure_all, cases, setting, chosen.device, pace, chosen.quiet)
@@ -176,8 +183,9 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> None:
         write_record(record, path)
     if not chosen.quiet:
         print(results.speed_table(record, device_words(chosen.device)))
-    if refused := sorted({name for row in rows for name in row["refused"]}):
-        raise SystemExit(f"wrong, or raised an error, in some case: {', '.join(refused)}")
+    refused = {name for row in rows for name in row["refused"]} - set(benchmark.peers)
+    if refused:
+        raise SystemExit(f"wrong, or raised an error, in some case: {', '.join(sorted(refused))}")
 
 
 def merge(
@@ -276,7 +284,8 @@ def gate(
     passed, refused = {}, {}
     for name, contender in contenders.items():
         try:
-            verdict = _worst(contender.run(), contender.expected, case.limits)
+            found = (contender.checked or contender.run)()
+            verdict, numbers = _worst(found, contender.expected, case.limits)
         except Exception as error:  # a peer may raise anything; the others are measured
             lines = str(error).strip().splitlines() or [""]
             refused[name] = f"{type(error).__name__}: {lines[0][:200]}"
@@ -285,14 +294,14 @@ def gate(
             passed[name] = verdict
         else:
             words = "{result} is wrong by {error:.2g} of its largest entry, limit {limit:.2g}"
-            refused[name] = words.format(**verdict)
+            refused[name] = words.format(**verdict) + numbers
     return passed, refused
 
 
 def _worst(
     found: Sequence[Tensor], expected: dict[str, Tensor], limits: dict[str, float]
-) -> dict[str, Any]:
-    """The result that comes nearest to its limit, or furthest beyond it."""
+) -> tuple[dict[str, Any], str]:
+    """The result that comes nearest to its limit, or furthest beyond it; if a number, in words."""
     verdicts = []
     for got, (name, want) in zip(found, expected.items(), strict=True):
         if got.shape != want.shape:
@@ -300,8 +309,10 @@ def _worst(
         scale = want.abs().amax().clamp_min(torch.finfo(want.dtype).tiny)
         error = ((got.detach().double() - want).abs().amax() / scale).item()
         error = error if math.isfinite(error) else float("inf")
-        verdicts.append({"result": name, "error": float(f"{error:.2g}"), "limit": limits[name]})
-    return max(verdicts, key=lambda verdict: verdict["error"] / verdict["limit"])
+        numbers = f": {got.item():.5f} in place of {want.item():.5f}" if got.numel() == 1 else ""
+        verdict = {"result": name, "error": float(f"{error:.2g}"), "limit": limits[name]}
+        verdicts.append((verdict, numbers))
+    return max(verdicts, key=lambda each: each[0]["error"] / each[0]["limit"])
 
 
 def kept_bytes(forward: Callable[[], Tensor]) -> int:

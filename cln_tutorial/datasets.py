@@ -1,8 +1,9 @@
-"""The real texts of the experiments: looked up, downloaded once, verified, and cleaned of leaks.
+"""The real data of the experiments: looked up, downloaded once, verified, and cleaned of leaks.
 
-A set is sought in ``$CLN_TUTORIAL_DATA/<name>/``, then in the cache (``$CLN_TUTORIAL_CACHE``, or
-the system's usual place), then at its public home. Whatever the way, its content must have the
-SHA-256 that the table ``_SETS`` at the end of this file states. A new set is one more entry there.
+A set is sought in ``$CLN_TUTORIAL_DATA/<name>/``, then where a package of the system puts it, then
+in the cache (``$CLN_TUTORIAL_CACHE``, or the system's usual place), then at its public home.
+Whatever the way, its content must have the SHA-256 that the table ``_SETS`` at the end of this file
+states. A new set is one more entry there.
 """
 
 import difflib
@@ -10,6 +11,7 @@ import gzip
 import hashlib
 import io
 import lzma
+import math
 import os
 import time
 import zipfile
@@ -19,9 +21,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import Literal, TypeVar, overload
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 
 _TIMEOUT = (10, 30)  # seconds to connect, and between two pieces of an answer
 
@@ -63,15 +66,65 @@ class LabelledTexts:
     source: str
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                f"{self.name}: {len(self.train.texts):,} train and {len(self.held_out.texts):,} "
-                f"held-out texts, classes {', '.join(self.class_names)}",
-                *(f"removed: {count:,} {what}" for what, count in self.removed.items()),
-                f"licence: {self.licence}",
-                f"source: {self.source}",
-            ]
-        )
+        return _in_words(self, "texts")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSplit:
+    """One side of a set of images: ``images[i]`` has the class ``labels[i]``."""
+
+    images: UInt8[np.ndarray, "images height width"]
+    labels: Int64[np.ndarray, "images"]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """Images with one class each, cleaned; ``print`` it to read what was removed.
+
+    Attributes:
+        name: what :func:`load` was asked for.
+        train: the images to learn from, all distinct, each with one label.
+        held_out: the images to measure on, likewise, and none of them in ``train``.
+        class_names: ``class_names[label]`` is the class in words.
+        removed: what the loader removed, as in :class:`LabelledTexts`.
+        sha256: digest of the raw content of each source file.
+        licence: what the origin states.
+        source: where the files come from.
+
+    Example:
+        >>> side = ImageSplit(np.zeros((1, 28, 28), np.uint8), np.array([0]))
+        >>> removed = {"train images with several labels": 0}
+        >>> print(LabelledImages("black", side, side, ("night",), removed, {}, "none", "made"))
+        black: 1 train and 1 held-out images, classes night
+        removed: 0 train images with several labels
+        licence: none
+        source: made
+    """
+
+    name: str
+    train: ImageSplit
+    held_out: ImageSplit
+    class_names: tuple[str, ...]
+    removed: dict[str, int]
+    sha256: dict[str, str]
+    licence: str
+    source: str
+
+    def __str__(self) -> str:
+        return _in_words(self, "images")
+
+
+def _in_words(loaded: LabelledTexts | LabelledImages, things: str) -> str:
+    return "\n".join(
+        [
+            f"{loaded.name}: {len(loaded.train.labels):,} train and "
+            f"{len(loaded.held_out.labels):,} held-out {things}, "
+            f"classes {', '.join(loaded.class_names)}",
+            *(f"removed: {count:,} {what}" for what, count in loaded.removed.items()),
+            f"licence: {loaded.licence}",
+            f"source: {loaded.source}",
+        ]
+    )
 
 
 def available() -> tuple[str, ...]:
@@ -84,11 +137,21 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(_SETS))
 
 
-def load(name: str, *, progress: bool = True) -> LabelledTexts:
+# With a plain union a type checker would refuse `load("sentiment_zh").train.texts`.
+@overload
+def load(
+    name: Literal["sentiment_zh", "yelp_short"], *, progress: bool = True
+) -> LabelledTexts: ...
+@overload
+def load(name: Literal["fashion_mnist"], *, progress: bool = True) -> LabelledImages: ...
+@overload
+def load(name: str, *, progress: bool = True) -> LabelledTexts | LabelledImages: ...
+def load(name: str, *, progress: bool = True) -> LabelledTexts | LabelledImages:
     """Load a data set without its duplicates, contradictory labels and leaks.
 
-    Texts are stripped of white space at both ends and lower-cased, in the order of the files.
-    Nothing is downloaded that ``$CLN_TUTORIAL_DATA`` or the cache holds already.
+    Both sides keep the order of the files. Texts are stripped of white space at both ends and
+    lower-cased; images stay as they are. Nothing is downloaded that ``$CLN_TUTORIAL_DATA``, a
+    package of the system (Debian's ``dataset-fashion-mnist``) or the cache holds already.
 
     Args:
         name: one of :func:`available`.
@@ -139,6 +202,7 @@ class _File:
         url_sha256: of what ``url`` serves.
         member: name inside the archive; the folder does not matter.
         head: how many of the first lines are used, if not all.
+        packaged: where a package of the system puts a copy, compressed as ``local`` is.
     """
 
     local: str
@@ -147,6 +211,7 @@ class _File:
     url_sha256: str
     member: str | None = None
     head: int | None = None
+    packaged: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +219,7 @@ class _Set:
     """Files, and the function that makes the data set of their contents (local name to bytes)."""
 
     files: tuple[_File, ...]
-    parse: Callable[..., LabelledTexts]
+    parse: Callable[..., LabelledTexts | LabelledImages]
     licence: str
     source: str
 
@@ -163,13 +228,15 @@ def _read(name: str, file: _File, progress: bool) -> bytes:
     """Return the verified raw content of a file, from the first place that has it."""
     root = os.environ.get("CLN_TUTORIAL_DATA")
     local = Path(root).expanduser() / name / file.local if root else None
-    path = local if local and local.exists() else _fetch(name, file, progress)
+    here = [path for path in (local, file.packaged) if path and path.exists()]
+    path = here[0] if here else _fetch(name, file, progress)
+    remedy = "reinstall its package" if path == file.packaged else "remove it"
     try:
         content = _unpack(path, file.member)
     except (OSError, EOFError, KeyError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise OSError(
             f"{path} is truncated, damaged or not what its name says ({error!r}); "
-            f"remove it and load {name!r} again."
+            f"{remedy} and load {name!r} again."
         ) from error
     if file.head is not None:
         content = b"".join(islice(io.BytesIO(content), file.head))
@@ -177,7 +244,7 @@ def _read(name: str, file: _File, progress: bool) -> bytes:
     if digest != file.sha256:
         raise OSError(
             f"{path} holds the wrong content: its SHA-256 should be {file.sha256}, got {digest}; "
-            f"remove it and load {name!r} again."
+            f"{remedy} and load {name!r} again."
         )
     return content
 
@@ -214,7 +281,8 @@ def _fetch(name: str, file: _File, progress: bool) -> Path:
     root = os.environ.get("CLN_TUTORIAL_DATA")
     remedy = (
         f"To use a copy of your own, set $CLN_TUTORIAL_DATA to a folder that holds "
-        f"{name}/{file.local} ({f'{root} does not' if root else 'it is not set'})."
+        f"{name}/{file.local} ({f'{root} does not' if root else 'it is not set'})"
+        f"{f', or install the package that provides {file.packaged}' if file.packaged else ''}."
     )
     logger = pooch.get_logger()
     level = logger.level
@@ -253,7 +321,7 @@ def _parse_sentiment_zh(raw: dict[str, bytes], **about) -> LabelledTexts:
         [(text, int(label)) for text, label in (line.rsplit("\t", 1) for line in _lines(content))]
         for content in raw.values()
     )
-    return _clean(train, valid + test, class_names=("negative", "positive"), **about)
+    return _clean_texts(train, valid + test, class_names=("negative", "positive"), **about)
 
 
 def _parse_yelp_short(raw: dict[str, bytes], **about) -> LabelledTexts:
@@ -261,7 +329,7 @@ def _parse_yelp_short(raw: dict[str, bytes], **about) -> LabelledTexts:
     dev_0, dev_1, test_0, test_1 = map(_lines, raw.values())
     train = [(text, 0) for text in dev_0] + [(text, 1) for text in dev_1]
     held_out = [(text, 0) for text in test_0] + [(text, 1) for text in test_1]
-    return _clean(train, held_out, class_names=("negative", "positive"), **about)
+    return _clean_texts(train, held_out, class_names=("negative", "positive"), **about)
 
 
 def _lines(content: bytes) -> list[str]:
@@ -269,44 +337,109 @@ def _lines(content: bytes) -> list[str]:
     return content.decode("utf-8").removesuffix("\n").split("\n")
 
 
-def _clean(
+def _clean_texts(
     train_rows: list[tuple[str, int]], held_out_rows: list[tuple[str, int]], **about
 ) -> LabelledTexts:
-    """Keep distinct texts with one label, and hold out none that is in train.
+    *kept, removed = _clean(_normalised(train_rows), _normalised(held_out_rows), "text")
+    train, held_out, leaked = (Split(tuple(side), _labels(side)) for side in kept)
+    return LabelledTexts(train=train, held_out=held_out, leaked=leaked, removed=removed, **about)
 
-    The training side never depends on the held-out side: a train text whose held-out copy has the
-    other label stays, and the copy goes as a leak.
-    """
-    train, held_out = _labels_by_text(train_rows), _labels_by_text(held_out_rows)
-    unseen = {text: labels for text, labels in held_out.items() if text not in train}
-    seen = {text: labels for text, labels in held_out.items() if text in train}
-    train_split, held_out_split = _one_label(train), _one_label(unseen)
-    return LabelledTexts(
-        train=train_split,
-        held_out=held_out_split,
-        leaked=_one_label(seen),
-        removed={
-            "train rows that repeat an earlier train text": len(train_rows) - len(train),
-            "train texts with both labels": len(train) - len(train_split.texts),
-            "held-out rows that repeat an earlier held-out text": len(held_out_rows)
-            - len(held_out),
-            "held-out texts that are in train": len(held_out) - len(unseen),
-            "held-out texts with both labels": len(unseen) - len(held_out_split.texts),
-        },
-        **about,
+
+def _normalised(rows: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    return [(text.strip().lower(), label) for text, label in rows]
+
+
+def _parse_fashion_mnist(raw: dict[str, bytes], **about) -> LabelledImages:
+    """One file of images and one of labels per side; the side "t10k" is held out."""
+    *kept, _, removed = _clean(_image_rows(raw, "train"), _image_rows(raw, "t10k"), "image")
+    train, held_out = map(_image_split, kept)
+    return LabelledImages(
+        train=train, held_out=held_out, class_names=_GARMENTS, removed=removed, **about
     )
 
 
-def _labels_by_text(rows: Iterable[tuple[str, int]]) -> dict[str, set[int]]:
-    found: dict[str, set[int]] = {}
-    for text, label in rows:
-        found.setdefault(text.strip().lower(), set()).add(label)
+def _image_split(label_by_image: dict[bytes, int]) -> ImageSplit:
+    # a bytearray, because PyTorch warns of arrays that cannot be written
+    pixels = np.frombuffer(bytearray().join(label_by_image), np.uint8)
+    return ImageSplit(pixels.reshape(-1, 28, 28), _labels(label_by_image))
+
+
+def _image_rows(raw: dict[str, bytes], part: str) -> list[tuple[bytes, int]]:
+    names = f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz"
+    images, labels = _idx(names[0], raw[names[0]], 28, 28), _idx(names[1], raw[names[1]])
+    if len(images) != len(labels):
+        raise OSError(f"{names[0]} holds {len(images)} images, {names[1]} {len(labels)} labels.")
+    return [(image.tobytes(), int(y)) for image, y in zip(images, labels, strict=True)]
+
+
+def _idx(local: str, content: bytes, *sizes: int) -> UInt8[np.ndarray, "..."]:
+    """Read bytes in the idx format of MNIST: any number of rows, each of the given sizes.
+
+    Two zeros, 8 for unsigned bytes, the number of dimensions, each size as a big-endian integer of
+    four bytes, then the values with the last index fastest.
+
+    Example:
+        >>> _idx("labels", bytes([0, 0, 8, 1, 0, 0, 0, 3, 9, 0, 4]))
+        array([9, 0, 4], dtype=uint8)
+    """
+    magic = bytes([0, 0, 8, 1 + len(sizes)])
+    start = 4 * (2 + len(sizes))
+    if content[:4] != magic or len(content) < start:
+        raise OSError(
+            f"{local} must begin with {magic.hex(' ')} (idx, unsigned bytes) and "
+            f"{1 + len(sizes)} sizes, got {content[:start].hex(' ') or 'nothing'}."
+        )
+    shape = tuple(np.frombuffer(content[4:start], ">i4").tolist())
+    if shape[1:] != sizes or len(content) - start != math.prod(shape):
+        raise OSError(
+            f"{local} must hold rows of shape {sizes} and nothing else; "
+            f"it says {shape} and holds {len(content) - start} values."
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+_Content = TypeVar("_Content", str, bytes)  # of a row: its text, or the pixels of its image
+
+
+def _clean(
+    train_rows: list[tuple[_Content, int]], held_out_rows: list[tuple[_Content, int]], thing: str
+) -> tuple[dict[_Content, int], dict[_Content, int], dict[_Content, int], dict[str, int]]:
+    """Keep distinct contents with one label, and hold out none that is in train.
+
+    The training side never depends on the held-out side: a train row whose held-out copy has
+    another label stays, and the copy goes as a leak.
+
+    Returns:
+        The label of each content to learn from, to measure on, and that leaked; and what is gone.
+    """
+    train, held_out = _labels_by_content(train_rows), _labels_by_content(held_out_rows)
+    unseen = {content: labels for content, labels in held_out.items() if content not in train}
+    seen = {content: labels for content, labels in held_out.items() if content in train}
+    kept, kept_unseen = _one_label(train), _one_label(unseen)
+    removed = {
+        f"train rows that repeat an earlier train {thing}": len(train_rows) - len(train),
+        f"train {thing}s with several labels": len(train) - len(kept),
+        f"held-out rows that repeat an earlier held-out {thing}": len(held_out_rows)
+        - len(held_out),
+        f"held-out {thing}s that are in train": len(held_out) - len(unseen),
+        f"held-out {thing}s with several labels": len(unseen) - len(kept_unseen),
+    }
+    return kept, kept_unseen, _one_label(seen), removed
+
+
+def _labels_by_content(rows: Iterable[tuple[_Content, int]]) -> dict[_Content, set[int]]:
+    found: dict[_Content, set[int]] = {}
+    for content, label in rows:
+        found.setdefault(content, set()).add(label)
     return found
 
 
-def _one_label(labels_by_text: dict[str, set[int]]) -> Split:
-    kept = {text: min(labels) for text, labels in labels_by_text.items() if len(labels) == 1}
-    return Split(tuple(kept), np.array(list(kept.values()), dtype=np.int64))
+def _one_label(found: dict[_Content, set[int]]) -> dict[_Content, int]:
+    return {content: min(labels) for content, labels in found.items() if len(labels) == 1}
+
+
+def _labels(label_by_content: dict[_Content, int]) -> Int64[np.ndarray, "rows"]:
+    return np.array(list(label_by_content.values()), dtype=np.int64)
 
 
 _GITHUB = "https://raw.githubusercontent.com"
@@ -314,8 +447,58 @@ _BERT4KERAS = f"{_GITHUB}/bojone/bert4keras/c1ae0dc5eff66d329ab3c5c7ee369124ddbb
 _STYLE_TRANSFER = (
     f"{_GITHUB}/shentianxiao/language-style-transfer/f078a9d342705ea62b04dd3ac5926d3467c2ac63"
 )
+_FASHION_MNIST = f"{_GITHUB}/zalandoresearch/fashion-mnist/b2617bb6d3ffa2e429640350f613e3291e10b141"
+_GARMENTS = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 
 _SETS: dict[str, _Set] = {
+    "fashion_mnist": _Set(
+        files=tuple(
+            _File(
+                local=f"{part}-ubyte.gz",
+                sha256=sha256,
+                url=f"{_FASHION_MNIST}/data/fashion/{part}-ubyte.gz",
+                url_sha256=url_sha256,
+                # the same content; Debian strips the name and time from the gzip header
+                packaged=Path(f"/usr/share/datasets/fashion-mnist/{part}-ubyte.gz"),
+            )
+            for part, sha256, url_sha256 in (
+                (
+                    "train-images-idx3",
+                    "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+                    "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+                ),
+                (
+                    "train-labels-idx1",
+                    "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+                    "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+                ),
+                (
+                    "t10k-images-idx3",
+                    "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+                    "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+                ),
+                (
+                    "t10k-labels-idx1",
+                    "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+                    "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+                ),
+            )
+        ),
+        parse=_parse_fashion_mnist,
+        licence="MIT, copyright 2017 Zalando SE",
+        source="zalandoresearch/fashion-mnist, data/fashion (arXiv 1708.07747)",
+    ),
     "sentiment_zh": _Set(
         files=tuple(
             _File(

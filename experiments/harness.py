@@ -33,6 +33,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from cln_tutorial import results
+from cln_tutorial.weight_averaging import ExponentialMovingAverage
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -162,10 +163,12 @@ class Checkpoint:
         model, optimiser, generator: what the steps change. All randomness of the steps comes from
             the generator.
         every: steps between two savings.
+        averages: of the weights, which the steps update.
 
     Attributes:
         step: steps done.
-        figures: numbers that the steps carry along, such as a running mean.
+        figures: numbers that the steps carry along, such as a running mean; the bar shows those
+            that are no cell of a table.
     """
 
     def __init__(
@@ -175,9 +178,10 @@ class Checkpoint:
         optimiser: torch.optim.Optimizer,
         generator: torch.Generator,
         every: int = 50,
+        averages: Sequence[ExponentialMovingAverage] = (),
     ):
         self.job, self.model, self.optimiser, self.generator = job, model, optimiser, generator
-        self.every, self.step = every, 0
+        self.every, self.step, self.averages = every, 0, averages
         self.figures: dict[str, float] = {}
         if job.checkpoint.exists():
             self._restore()
@@ -195,7 +199,8 @@ class Checkpoint:
             for step in range(self.step, total):
                 yield step
                 self.step = step + 1
-                bar.set_postfix(self.figures, refresh=False)
+                shown = {name: value for name, value in self.figures.items() if "." not in name}
+                bar.set_postfix(shown, refresh=False)
                 bar.update()
                 if self.step % self.every == 0 or self.step == total:
                     self._save()
@@ -206,7 +211,11 @@ class Checkpoint:
         for number, state in optimiser["state"].items():
             tensors |= {f"optimiser.{number}.{key}": value for key, value in state.items()}
         tensors["generator"] = self.generator.get_state()
+        averages = [average.state_dict() for average in self.averages]
+        for number, state in enumerate(averages):
+            tensors |= {f"average.{number}.{key}": value for key, value in state["tensors"].items()}
         about = {
+            "averages": [state["about"] for state in averages],
             "step": self.step,
             "figures": self.figures,
             "seconds": time.perf_counter() - self.job.started,
@@ -222,6 +231,7 @@ class Checkpoint:
     def _restore(self) -> None:
         about = _about(self.job.checkpoint)
         model, state = {}, {}
+        averages: list[dict[str, Any]] = [{"about": a, "tensors": {}} for a in about["averages"]]
         with safe_open(self.job.checkpoint, framework="pt") as file:
             self.generator.set_state(file.get_tensor("generator"))
             for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
@@ -233,6 +243,11 @@ class Checkpoint:
                 elif kind == "optimiser":
                     number, _, name = rest.partition(".")
                     state.setdefault(int(number), {})[name] = file.get_tensor(key).clone()
+                elif kind == "average":
+                    number, _, name = rest.partition(".")
+                    averages[int(number)]["tensors"][name] = file.get_tensor(key)
+        for average, its_state in zip(self.averages, averages, strict=True):
+            average.load_state_dict(its_state)
         self.model.load_state_dict(model)
         self.optimiser.load_state_dict({"state": state, "param_groups": about["param_groups"]})
         self.step, self.figures = about["step"], about["figures"]

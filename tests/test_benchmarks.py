@@ -1,6 +1,7 @@
 """Benchmarks: wrong results get no figure, what slows the machine cancels, records merge."""
 
 import copy
+import functools
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import conditional_norm, harness
+from benchmarks import conditional_norm, harness, weight_averaging
 from cln_tutorial import results
 from experiments import harness as runs
 
@@ -95,6 +96,35 @@ def test_the_gate_records_the_result_that_is_nearest_to_its_limit():
     # of the largest entry, 8, the errors are 2.5e-4, a quarter of its limit, and 2e-4, a half
     assert passed == {"one": {"result": "dx", "error": 2e-4, "limit": 4e-4}}
     assert refused == {}
+
+
+def test_a_wrong_number_is_refused_with_what_it_is_and_what_is_right():
+    wrong = harness.Contender(lambda: [torch.tensor(1.5)], {"y": torch.tensor(2.0).double()})
+    _, refused = harness.gate(case(), {"half": wrong})
+    said = "y is wrong by 0.25 of its largest entry, limit 1e-06: 1.50000 in place of 2.00000"
+    assert refused == {"half": said}
+
+
+def test_what_changes_its_input_is_checked_from_a_known_one_and_timed_without_that():
+    state, log = torch.full((2,), 7.0), []
+
+    def run():
+        log.append("run")
+        state.mul_(2)
+
+    def checked():
+        log.append("checked")
+        state.fill_(1.0)
+        run()
+        return [state]
+
+    expected = {"y": torch.full((2,), 2.0).double()}
+    contenders = {"eager": harness.Contender(run, expected, checked=checked)}
+    row = harness.measure(case(lambda *_: contenders), "cpu", harness.Pace(2, 0.0))
+    assert log[:2] == ["checked", "run"]
+    assert log.count("checked") == 1
+    assert log.count("run") > 3
+    assert row["contenders"]["eager"]["gate"]["error"] == 0
 
 
 def test_nothing_is_measured_against_a_wrong_baseline():
@@ -266,7 +296,7 @@ def here(monkeypatch, tmp_path):
     torch.set_num_threads(threads)
 
 
-def benchmark(contenders=right, goals=()):
+def benchmark(contenders=right, goals=(), **fields):
     return harness.Benchmark(
         "made",
         cases=lambda device: [case(contenders, shape=(2, 2))],
@@ -274,6 +304,7 @@ def benchmark(contenders=right, goals=()):
         missing=lambda device: {"peer": "not installed"},
         packages=("numpy", "no-such-package"),
         goals=lambda device: list(goals),
+        **fields,
     )
 
 
@@ -335,6 +366,24 @@ def test_a_wrong_contender_ends_the_run_with_an_error_and_stands_in_the_record(h
     (part,) = json.loads(path.read_text())["devices"].values()
     assert "nearly" in part["rows"][0]["refused"]
     assert "nearly" not in part["rows"][0]["contenders"]
+
+
+def test_a_peer_that_is_wrong_is_a_finding_and_no_failure(here):
+    peers = ("broken", "cut", "infinite", "nearly", "not a number")
+    record = run(here / "record.json", contenders=made, peers=peers)
+    (part,) = record["devices"].values()
+    assert part["rows"][0]["refused"].keys() == set(peers)
+    with pytest.raises(SystemExit, match=r"in some case: nearly$"):
+        run(here / "record.json", contenders=made, peers=set(peers) - {"nearly"})
+
+
+def test_a_benchmark_may_have_its_own_pace(here, monkeypatch):
+    rounds = []
+    monkeypatch.setattr(harness, "time_rounds", lambda runs, watch, pace: rounds.append(pace) or {})
+    monkeypatch.setattr(harness, "add_times", lambda *_: None)
+    monkeypatch.setattr(harness, "write_record", lambda *_: None)
+    harness.main(benchmark(pace=harness.Pace(7)), ["--quiet"])
+    assert rounds == 2 * [harness.Pace(7)]
 
 
 def test_an_unsound_record_is_refused_before_the_work_and_left_as_it_is(here, monkeypatch):
@@ -408,7 +457,12 @@ def test_the_quick_benchmark_runs_from_the_command_line_and_all_contenders_agree
 
 
 def test_every_case_of_both_devices_can_go_to_a_child_process():
-    for cases in (conditional_norm.cases("cpu"), conditional_norm.quick("cuda")):
+    for cases in (
+        conditional_norm.cases("cpu"),
+        conditional_norm.quick("cuda"),
+        weight_averaging.cases("cpu"),
+        weight_averaging.cases("cuda"),
+    ):
         assert pickle.loads(pickle.dumps(cases)) == cases
 
 
@@ -470,3 +524,143 @@ def test_the_goals_of_a_gpu_hold_from_2_26_elements_and_against_the_compiler_eve
     # the compiler is met worst in the backward pass; the small row counts for nothing else
     assert reached == pytest.approx([2.1 / 2.4, 2.4, 0.87, 2.1, 0.87])
     assert [entry["met"] for entry in entries] == [False, False, False, True, True]
+
+
+# --- the benchmark of weight_averaging ------------------------------------------------------------
+
+
+def test_the_quick_benchmark_of_averages_runs_and_ours_agree_everywhere(tmp_path):
+    path = tmp_path / "record.json"
+    command = [sys.executable, "-m", "benchmarks.weight_averaging", "--quick", "--quiet"]
+    done = subprocess.run(
+        [*command, "--output", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text())
+    results.check(record, "benchmark")
+    assert record["code"] == harness.code_hash("weight_averaging")
+    (part,) = record["devices"].values()
+    ours = {"numba", "reference", "auto"} - part["missing"].keys()
+    for row in part["rows"]:
+        assert ours <= row["contenders"].keys()
+        if row["mode"] != "correctness":
+            assert row["bound"] == "averages × 1"
+    assert {row["setting"] for row in part["rows"]} == {"default", "fixed heap"}
+
+
+def test_torchs_own_average_is_measured_in_float32_and_refused_where_it_raises_or_stands_still():
+    pace = harness.Pace(rounds=1, shortest=0.0)
+    rows = [harness.measure(each, "cpu", pace) for each in weight_averaging.quick("cpu")]
+    rows = {(row["op"], row["dtype"], row["mode"]): row for row in rows}
+    name = "AveragedModel"
+    assert name in rows[weight_averaging.FLOAT32, "float32", "K=4"]["contenders"]
+    mixed = rows[weight_averaging.FLOAT32, "bfloat16", "K=1"]["refused"][name]
+    assert mixed.startswith("RuntimeError: expected dtype float")
+    small = rows[weight_averaging.SMALL_STEPS, "bfloat16", "correctness"]["refused"][name]
+    # 1 + 0.0625 * (1 - 0.999^1000) = 1.03952
+    assert small.endswith("1.00000 in place of 1.03952")
+    tied = rows[weight_averaging.TIED, "float32", "correctness"]["contenders"]
+    assert {name, "reference"} <= tied.keys(), "it averages a tied weight once"
+
+
+class Wrong:
+    """An average that moves by another share."""
+
+    def __init__(self, tensors, weights, share):
+        self.tensors, self.weights, self.share = tensors, weights, share
+
+    def update(self):
+        for tensor, weight in zip(self.tensors, self.weights, strict=True):
+            tensor.copy_(torch.lerp(tensor.float(), weight.float(), self.share))
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "share"),
+    [
+        ("FLOAT32", "float32", 0.0),
+        ("FLOAT32", "float32", 0.00101),  # off by a hundredth
+        ("FLOAT32", "bfloat16", 0.00101),
+        ("STOCHASTIC", "bfloat16", 0.0),
+        ("STOCHASTIC", "bfloat16", 0.001),  # rounded to the nearest, it hardly moves
+    ],
+)
+def test_the_gate_of_averages_refuses_one_that_stands_still_or_moves_by_another_share(
+    op, dtype, share, monkeypatch
+):
+    def peer(model, decay, dtype):
+        weights = list(model.parameters())
+        tensors = [torch.zeros_like(w, dtype=dtype).detach() for w in weights]
+        return weight_averaging.Averages(Wrong(tensors, weights, share).update, [tensors])
+
+    monkeypatch.setattr(weight_averaging, "_peers", lambda device: {"timm": peer})
+    op = getattr(weight_averaging, op)
+    # 65,536 weights: six standard errors of the projected move are then 0.06
+    (row,) = [
+        each
+        for each in weight_averaging._speeds([(2, 2**15)], "cpu")
+        if (each.op, each.dtype, each.mode) == (op, dtype, "K=1")
+    ]
+    passed, refused = harness.gate(row, weight_averaging.contenders(row, "cpu"))
+    assert refused.keys() == {"timm"}
+    assert {"reference", "auto", "averages × 1"} <= passed.keys()
+
+
+def test_the_move_is_allowed_what_its_six_standard_errors_are():
+    """2.5 / sqrt(n) in the benchmark, from the variance of rounding by one unit or not at all."""
+    draw = np.random.default_rng(0)
+    weight, old = draw.normal(size=(2, 10**6))
+    step = 1e-3 * (weight - old)
+    # The part p of a unit u is rounded up with probability p: variance p (1 - p) u^2.
+    unit = 2.0 ** (np.floor(np.log2(np.abs(old))) - 7)
+    part = np.abs(step) / unit % 1
+    variance = (step**2 * part * (1 - part) * unit**2).sum() / (step**2).sum() ** 2
+    error = np.sqrt(variance * len(step))
+    assert 0.5 * 15 / 6 < error < 15 / 6
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_goals_of_averages_without_rows_are_not_measured(device):
+    for goal in weight_averaging.goals(device):
+        assert goal.entry([])["met"] is None
+
+
+def averages_row(op, dtype, mode, clock="cpu", **ratios):
+    contenders = {
+        name.replace("_loop", ", loop"): {clock: {"ratio": {"median": ratio}}}
+        for name, ratio in ratios.items()
+    }
+    return {"op": op, "dtype": dtype, "mode": mode, "contenders": contenders}
+
+
+@pytest.mark.parametrize(("device", "fast"), [("cpu", "numba"), ("cuda", "triton")])
+def test_the_goals_of_averages_take_the_worst_row_and_the_best_peer(device, fast):
+    made = functools.partial(averages_row, clock="cuda" if device == "cuda" else "cpu")
+    float32, stochastic = weight_averaging.FLOAT32, weight_averaging.STOCHASTIC
+    rows = [
+        made(float32, "float32", "K=1", timm=1.0, AveragedModel=1.25, **{fast: 2.0}),
+        made(float32, "float32", "K=1", timm=1.0, AveragedModel=0.5, **{fast: 1.5}),
+        made(float32, "float32", "K=4", timm=1.0, diffusers=2.0, **{fast: 2.4}),
+        made(float32, "bfloat16", "K=1", timm=1.0, timm_loop=1.25, **{fast: 2.5}),
+        made(float32, "bfloat16", "K=4", timm=1.0, timm_loop=2.0, **{fast: 4.0}),
+        made(stochastic, "bfloat16", "K=1", timm=1.0, timm_loop=0.9, **{fast: 20.0}),
+        made(stochastic, "bfloat16", "correctness", timm=9.0, **{fast: 0.1}),
+    ]
+    entries = [goal.entry(rows) for goal in weight_averaging.goals(device)]
+    reached = [entry["reached"] for entry in entries]
+    assert reached == pytest.approx([1.5, 1.2, 2.5, 2.0, 4.0, 2.0, 20.0])
+    met = [True, False, True, True, True, False, True]
+    assert [entry["met"] for entry in entries] == met
+
+
+def test_a_library_that_is_not_there_is_named_and_the_plain_form_is_the_baseline(monkeypatch):
+    def absent():
+        raise ModuleNotFoundError("No module named 'timm'")
+
+    monkeypatch.setitem(weight_averaging.LIBRARIES, "timm", absent)
+    weight_averaging.missing.cache_clear()
+    try:
+        assert weight_averaging.missing("cpu")["timm"].startswith("ModuleNotFoundError: No module")
+        assert not {"timm", "timm, loop"} & weight_averaging._peers("cpu").keys()
+        assert {each.baseline for each in weight_averaging.cases("cpu")} == {"reference"}
+    finally:
+        weight_averaging.missing.cache_clear()

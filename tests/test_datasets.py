@@ -1,5 +1,6 @@
 """`cln_tutorial.datasets` against made files on a local server, and against the real sets."""
 
+import ast
 import gzip
 import hashlib
 import io
@@ -16,8 +17,10 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +38,11 @@ SENTENCES = {
     "dev.1": "lovely .\nthis place !\n",
     "test.0": "cold food .\nawful .\ncold food .\nnever read .\n",
     "test.1": "warm food .\nlovely .\nso so .\nnever read either .\n",
+}
+# Likewise: brightness and class of images that have one brightness each.
+GREYS = {
+    "train": [(5, 1), (3, 0), (5, 1), (7, 2), (7, 3), (9, 4), (3, 0), (5, 1)],
+    "t10k": [(8, 0), (3, 0), (6, 2), (8, 0), (5, 9), (6, 3), (7, 3), (2, 1), (2, 1)],
 }
 # What is left when a text counts once, without white space at its ends, without capitals.
 CLEAN_REVIEWS = (("好", "坏", "mixed case", "两\u2028行"), [1, 0, 1, 0]), (("新", "旧"), [1, 0])
@@ -85,12 +93,52 @@ def sentences_at(url):
     return datasets._Set(files, datasets._parse_yelp_short, licence="none", source="this test")
 
 
+def idx(array):
+    """An idx file with the values of `array`, written as the format's description says."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes()
+
+
+def idx_files(greys):
+    """The raw content of the four files, by their names."""
+    files = {}
+    for part, rows in greys.items():
+        brightness, classes = np.array(rows).T
+        images = np.broadcast_to(brightness[:, None, None], (len(rows), 28, 28))
+        files[f"{part}-images-idx3-ubyte.gz"] = idx(images)
+        files[f"{part}-labels-idx1-ubyte.gz"] = idx(classes)
+    return files
+
+
+IDX = idx_files(GREYS)
+
+
+def zipped(content):
+    return gzip.compress(content, mtime=0)
+
+
+def greys_at(url, packaged, raw=IDX):
+    """The entry of the table for the made images, which a package may put into a folder."""
+    files = tuple(
+        datasets._File(
+            local=name,
+            sha256=sha256(content),
+            url=f"{url}/{name}",
+            url_sha256=sha256(zipped(content)),
+            packaged=packaged / name,
+        )
+        for name, content in raw.items()
+    )
+    return datasets._Set(files, datasets._parse_fashion_mnist, licence="none", source="this test")
+
+
 class Server(ThreadingHTTPServer):
     """Serves `files`, in two halves between which `behaviour` decides; `asked` lists the paths."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = {"/reviews.zip": ZIP, **{f"/{k}": v.encode() for k, v in SENTENCES.items()}}
+        self.files |= {f"/{name}": zipped(content) for name, content in IDX.items()}
         self.behaviour, self.asked = "good", []
         self.half_sent, self.released = threading.Event(), threading.Event()
         self.two_are_here = threading.Barrier(2)
@@ -161,6 +209,27 @@ def local(server, tmp_path, monkeypatch):
     return folder / "reviews"
 
 
+@pytest.fixture
+def packaged(server, tmp_path, monkeypatch):
+    """The folder, not there yet, where a package of the system would put the made images."""
+    folder = tmp_path / "system"
+    monkeypatch.setitem(datasets._SETS, "greys", greys_at(server.url, folder))
+    return folder
+
+
+def put(folder, raw=IDX):
+    folder.mkdir(parents=True)
+    for name, content in raw.items():
+        (folder / name).write_bytes(zipped(content))
+
+
+def greys_of(split):
+    """Each image's brightness, which all its pixels must have, with its class."""
+    assert split.images.shape[1:] == (28, 28)
+    assert (split.images == split.images[:, :1, :1]).all()
+    return list(zip(split.images[:, 0, 0].tolist(), split.labels.tolist(), strict=True))
+
+
 def files_in(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
@@ -190,10 +259,10 @@ def test_repeats_contradictions_and_leaks_are_removed_and_counted(server):
     assert loaded.train.labels.dtype == loaded.held_out.labels.dtype == np.int64
     assert loaded.removed == {
         "train rows that repeat an earlier train text": 3,
-        "train texts with both labels": 1,
+        "train texts with several labels": 1,
         "held-out rows that repeat an earlier held-out text": 2,
         "held-out texts that are in train": 3,
-        "held-out texts with both labels": 1,
+        "held-out texts with several labels": 1,
     }
 
 
@@ -209,13 +278,62 @@ def test_only_the_first_lines_of_a_file_with_a_head_are_used(server):
 )
 def test_kept_and_removed_add_up_and_no_text_is_on_both_sides(train, held_out):
     about = {"name": "", "licence": "", "source": "", "sha256": {}, "class_names": ()}
-    cleaned = datasets._clean(train, held_out, **about)
+    cleaned = datasets._clean_texts(train, held_out, **about)
     texts = cleaned.train.texts + cleaned.held_out.texts
     assert len(set(texts)) == len(texts)
     assert len(texts) + sum(cleaned.removed.values()) == len(train) + len(held_out)
     for side, rows in ((cleaned.train, train), (cleaned.held_out, held_out)):
         for text, label in zip(side.texts, side.labels, strict=True):
             assert {y for t, y in rows if t.strip().lower() == text} == {label}
+
+
+def test_images_lose_repeats_contradictions_and_leaks_and_keep_their_order(packaged):
+    put(packaged)
+    loaded = datasets.load("greys", progress=False)
+    assert greys_of(loaded.train) == [(5, 1), (3, 0), (9, 4)]
+    # 5 is in train with another class, 7 with two: neither may be held out
+    assert greys_of(loaded.held_out) == [(8, 0), (2, 1)]
+    assert loaded.removed == {
+        "train rows that repeat an earlier train image": 4,
+        "train images with several labels": 1,
+        "held-out rows that repeat an earlier held-out image": 3,
+        "held-out images that are in train": 3,
+        "held-out images with several labels": 1,
+    }
+    assert str(loaded).splitlines()[0].startswith("greys: 3 train and 2 held-out images, classes T")
+
+
+ROWS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=1)
+
+
+@given(train=ROWS, held_out=ROWS, another=ROWS)
+def test_kept_and_removed_images_add_up_and_train_does_not_depend_on_the_held_out_side(
+    train, held_out, another
+):
+    about = {"name": "", "licence": "", "source": "", "sha256": {}}
+    cleaned, other = (
+        datasets._parse_fashion_mnist(idx_files({"train": train, "t10k": rows}), **about)
+        for rows in (held_out, another)
+    )
+    sides = greys_of(cleaned.train), greys_of(cleaned.held_out)
+    assert greys_of(other.train) == sides[0]
+    images = [image for side in sides for image, _ in side]
+    assert len(set(images)) == len(images)
+    assert len(images) + sum(cleaned.removed.values()) == len(train) + len(held_out)
+    for side, rows in zip(sides, (train, held_out), strict=True):
+        assert all({y for i, y in rows if i == image} == {label} for image, label in side)
+
+
+def test_images_become_a_tensor_that_can_be_written(packaged):
+    put(packaged)
+    images = torch.from_numpy(datasets.load("greys", progress=False).train.images)
+    assert images.dtype == torch.uint8
+    assert images.add_(1).shape == (3, 28, 28)
+
+
+def test_images_and_labels_of_one_side_must_be_equally_many():
+    with pytest.raises(jaxtyping.TypeCheckError, match="labels"):
+        datasets.ImageSplit(np.zeros((2, 28, 28), np.uint8), np.zeros(3, np.int64))
 
 
 def test_a_printed_set_says_what_it_is_and_what_was_removed(server):
@@ -229,6 +347,51 @@ def test_the_digest_of_every_source_file_is_reported(server):
     assert datasets.load("reviews", progress=False).sha256 == {
         f"reviews.{part}.gz": sha256(text.encode()) for part, text in REVIEWS.items()
     }
+
+
+# ---------------------------------------------------------------- the idx format
+
+
+@given(st.data())
+def test_idx_gives_back_the_values_that_were_written(data):
+    sizes = data.draw(st.lists(st.integers(1, 3), max_size=3))
+    shape = (data.draw(st.sampled_from([0, 1, 2, 300])), *sizes)  # 300 needs two bytes
+    values = np.arange(np.prod(shape)).reshape(shape).astype(np.uint8)
+    read = datasets._idx("made", idx(values), *sizes)
+    assert read.dtype == np.uint8
+    np.testing.assert_array_equal(read, values)
+
+
+GOOD = idx(np.zeros((2, 28, 28)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"made must begin with 00 00 08 03 .*got nothing"),
+        (GOOD[:15], r"3 sizes, got 00 00 08 03 00 00 00 02 00 00 00 1c 00 00 00\.$"),
+        (b"\1" + GOOD[1:], "must begin with 00 00 08 03 .*got 01 00 08 03"),
+        (bytes([0, 0, 9, 3]) + GOOD[4:], r"unsigned bytes\) and 3 sizes, got 00 00 09 03"),
+        (bytes([0, 0, 13, 3]) + GOOD[4:], "must begin with 00 00 08 03 .*got 00 00 0d 03"),
+        (idx(np.zeros(1_568)), "must begin with 00 00 08 03 .*got 00 00 08 01"),
+        (GOOD[:-1], r"it says \(2, 28, 28\) and holds 1567 values"),
+        (GOOD + b"\0", r"it says \(2, 28, 28\) and holds 1569 values"),
+        (GOOD[:4] + b"\xff" * 4 + GOOD[8:], r"it says \(-1, 28, 28\) and holds 1568"),
+        (idx(np.zeros((2, 32, 32))), r"rows of shape \(28, 28\) and .*it says \(2, 32, 32\)"),
+    ],
+)
+def test_a_file_that_is_no_idx_file_of_such_images_is_refused(content, message):
+    with pytest.raises(OSError, match=message):
+        datasets._idx("made", content, 28, 28)
+
+
+def test_a_side_with_a_label_too_few_is_refused(packaged, monkeypatch, server):
+    raw = IDX | {"t10k-labels-idx1-ubyte.gz": idx(np.zeros(8))}
+    monkeypatch.setitem(datasets._SETS, "greys", greys_at(server.url, packaged, raw))
+    put(packaged, raw)
+    message = r"t10k-images-idx3-ubyte\.gz holds 9 images, t10k-labels-idx1-ubyte\.gz 8 labels"
+    with pytest.raises(OSError, match=message):
+        datasets.load("greys", progress=False)
 
 
 # ---------------------------------------------------------------- where a file is sought
@@ -295,6 +458,42 @@ def test_a_damaged_file_in_the_cache_is_downloaded_again(server, cache):
     datasets.load("reviews", progress=False)
     assert server.asked == ["/reviews.zip"] * 2
     assert (cache / "reviews/reviews.zip").read_bytes() == ZIP
+
+
+def test_the_folder_of_a_package_comes_before_cache_and_server(server, cache, packaged):
+    put(packaged)
+    loaded = datasets.load("greys", progress=False)
+    assert len(loaded.train.labels) == 3
+    assert server.asked == []
+    assert not cache.exists()
+
+
+def test_the_folder_of_a_package_comes_after_the_local_folder(server, local, packaged):
+    put(local.parent / "greys")
+    put(packaged, dict.fromkeys(IDX, b"never read"))
+    assert len(datasets.load("greys", progress=False).train.labels) == 3
+    (local.parent / "greys/t10k-labels-idx1-ubyte.gz").unlink()
+    message = (
+        r"system/t10k-labels-idx1-ubyte\.gz holds the wrong .*; reinstall its package and load"
+    )
+    with pytest.raises(OSError, match=message):
+        datasets.load("greys", progress=False)
+
+
+def test_files_that_no_package_brings_come_from_the_server_and_then_from_the_cache(
+    server, cache, packaged
+):
+    loaded = [datasets.load("greys", progress=False) for _ in range(2)]
+    assert server.asked == [f"/{name}" for name in IDX]
+    assert files_in(cache) == sorted(IDX)
+    assert greys_of(loaded[0].train) == greys_of(loaded[1].train)
+
+
+def test_without_a_server_the_error_names_the_place_of_the_package(server, packaged):
+    server.files.clear()
+    message = r"\(it is not set\), or install the package that provides .*system/train-images"
+    with pytest.raises(ConnectionError, match=message):
+        datasets.load("greys", progress=False)
 
 
 def test_a_redirect_is_followed(server):
@@ -487,8 +686,21 @@ def test_every_entry_of_the_table_is_complete():
             assert len(file.sha256) == len(file.url_sha256) == 64
             assert Path(file.local).suffix in (".gz", ".xz")
             # of a file that is used as it is, both digests are the same
-            whole = file.member is None and file.head is None
+            whole = file.member is None and file.head is None and not file.url.endswith(".gz")
             assert (file.sha256 == file.url_sha256) == whole
+
+
+def test_type_checkers_know_the_type_of_every_set():
+    # read in the source, because the run-time shape checks hide overloads from each other
+    types = {
+        word.value: form.returns.id
+        for form in ast.parse(Path(datasets.__file__).read_text()).body
+        if isinstance(form, ast.FunctionDef) and form.name == "load"
+        for word in ast.walk(form.args.args[0].annotation)
+        if isinstance(word, ast.Constant)
+    }
+    returned = {k: entry.parse.__annotations__["return"] for k, entry in datasets._SETS.items()}
+    assert types == {name: each.__name__ for name, each in returned.items()}
 
 
 @pytest.mark.data
@@ -531,3 +743,36 @@ def test_31_percent_of_the_official_held_out_reviews_are_in_train():
 def test_lower_casing_merges_no_two_reviews():
     texts = {text.strip() for part in ("train", "valid", "test") for text in raw_reviews(part)}
     assert len({text.lower() for text in texts}) == len(texts)
+
+
+def raw_fashion(part):
+    """Pixels and class of every row; from whichever place has the files, without the parser."""
+    images, labels = (
+        datasets._read("fashion_mnist", file, progress=False)
+        for file in datasets._SETS["fashion_mnist"].files
+        if file.local.startswith(part)
+    )
+    rows = [(images[i : i + 784], labels[8 + (i - 16) // 784]) for i in range(16, len(images), 784)]
+    assert len(rows) == len(labels) - 8
+    return rows
+
+
+@pytest.mark.data
+def test_the_real_images_repeat_none_and_leak_none():
+    """Counted in the raw files without the loader, and compared with what the loader says."""
+    train, held_out = raw_fashion("train"), raw_fashion("t10k")
+    sides = {image for image, _ in train}, {image for image, _ in held_out}
+    assert [len(train), len(held_out)] == [len(side) for side in sides] == [60_000, 10_000]
+    assert not sides[0] & sides[1]
+    # balanced, says the paper (arXiv 1708.07747, table 2)
+    assert Counter(y for _, y in train) == dict.fromkeys(range(10), 6_000)
+    assert Counter(y for _, y in held_out) == dict.fromkeys(range(10), 1_000)
+
+    loaded = datasets.load("fashion_mnist", progress=False)
+    assert list(loaded.removed.values()) == [0] * 5
+    for side, rows in ((loaded.train, train), (loaded.held_out, held_out)):
+        assert side.images.tobytes() == b"".join(image for image, _ in rows)
+        assert side.images.shape == (len(rows), 28, 28)
+        assert side.labels.tolist() == [y for _, y in rows]
+    assert loaded.class_names[9] == "Ankle boot"  # the first image of the train file is one
+    assert loaded.train.labels[0] == 9

@@ -6,8 +6,8 @@ FAULTS = [
     Fault(
         "leaks are counted as held-out texts",
         "datasets.py",
-        " for text, labels in held_out.items() if text not in train}",
-        " for text, labels in held_out.items()}",
+        " for content, labels in held_out.items() if content not in train}",
+        " for content, labels in held_out.items()}",
         shows_on_page=False,
     ),
     Fault(
@@ -20,8 +20,8 @@ FAULTS = [
     Fault(
         "a text with both labels is kept",
         "datasets.py",
-        " for text, labels in labels_by_text.items() if len(labels) == 1}",
-        " for text, labels in labels_by_text.items()}",
+        " for content, labels in found.items() if len(labels) == 1}",
+        " for content, labels in found.items()}",
         shows_on_page=False,
     ),
     Fault(
@@ -48,7 +48,7 @@ FAULTS = [
     Fault(
         "the cache comes before $CLN_TUTORIAL_DATA",
         "datasets.py",
-        "path = local if local and local.exists() else _fetch(name, file, progress)",
+        "path = here[0] if here else _fetch(name, file, progress)",
         "path = _fetch(name, file, progress)",
         shows_on_page=False,
     ),
@@ -57,6 +57,34 @@ FAULTS = [
         "datasets.py",
         "islice(io.BytesIO(content), file.head)",
         "islice(io.BytesIO(content), None)",
+        shows_on_page=False,
+    ),
+    Fault(
+        "a package's copy comes before $CLN_TUTORIAL_DATA",
+        "datasets.py",
+        "in (local, file.packaged) if path",
+        "in (file.packaged, local) if path",
+        shows_on_page=False,
+    ),
+    Fault(
+        "what stands behind the values of an idx file is ignored",
+        "datasets.py",
+        "len(content) - start != math.prod(shape):",
+        "len(content) - start < math.prod(shape):",
+        shows_on_page=False,
+    ),
+    Fault(
+        "the sizes of an idx file are read with the lowest byte first",
+        "datasets.py",
+        '">i4"',
+        '"<i4"',
+        shows_on_page=False,
+    ),
+    Fault(
+        "images and labels that are not equally many are cut to the shorter",
+        "datasets.py",
+        "    if len(images) != len(labels):",
+        "    images = images[: len(labels)]\n    labels = labels[: len(images)]\n    if not names:",
         shows_on_page=False,
     ),
 ]
