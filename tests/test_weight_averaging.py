@@ -182,6 +182,16 @@ def test_relative_width_and_exponent_are_inverse_and_have_the_published_values()
         assert abs((weights @ (steps - mean) ** 2) ** 0.5 - sigma) < 1e-4
 
 
+@pytest.mark.parametrize("update_every", [1, 10])
+def test_the_weights_of_a_power_function_are_increments_of_the_power(update_every):
+    for gamma in (0.0, 1.0, 6.94):
+        weights = wa.PowerFunction(gamma=gamma).weights(40, update_every=update_every)
+        steps = np.arange(0, 41, update_every)
+        expected = np.diff((steps / 40) ** (gamma + 1))
+        assert np.allclose(weights[steps[1:]], expected, atol=1e-14)
+        assert wa.PowerFunction(gamma=gamma).decay(0, update_every) == 0
+
+
 def test_several_averages_at_once_are_those_of_one_after_another():
     parameter, path = weights_over(20)
     together = run(parameter, path, decay={"fast": 0.5, "power": wa.PowerFunction(0.1)})
