@@ -32,7 +32,7 @@ from safetensors.torch import save
 from torch import distributed
 from tqdm import tqdm
 
-from cln_tutorial import results
+from cln_tutorial import _files, results
 from cln_tutorial.weight_averaging import ExponentialMovingAverage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,16 +141,11 @@ def write_record(name: str, record: results.Record, path: Path | None = None) ->
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is there with its whole new content, or as it was before."""
+    """Write a file as a whole or not at all, and sweep what killed runs have left beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:  # also what a killed run may have left
+        _files.write_atomically(path, content)
+    finally:
         for leftover in path.parent.glob(f"{path.name}.*.tmp"):
             leftover.unlink(missing_ok=True)
 
