@@ -80,12 +80,24 @@ def test_a_share_of_one_copies_and_one_of_zero_leaves_whatever_stands_there(back
         assert found.signbit().equal(expected.signbit())
 
 
+# With "numba" four and two that move from the shadow are moved together, also between others.
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [1e-4, 0.6, 1.0],
+        [0.1, 0.2],
+        [0.1, 0.2, 0.3],
+        [0.1, 0.2, 0.3, 0.4],
+        [0.1, 0.2, 0.3, 0.4, 0.05, 0.15, 0.25],
+        [0.6, 0.1, 0.2, 0.0, 0.1, 0.2, 0.3, 0.4, 1.0, 0.1],
+    ],
+)
+@pytest.mark.parametrize("dtype", FULL, ids=str)
 @pytest.mark.parametrize("backend", CPU)
-def test_several_averages_in_one_pass_are_those_of_several_passes(backend):
+def test_several_averages_in_one_pass_are_those_of_several_passes(backend, dtype, shares):
     weights = [torch.randn(n).bfloat16() for n in (1, 20_000, 7)]
-    averages = [[torch.randn(len(w)) for w in weights] for _ in range(3)]
+    averages = [[torch.randn(len(w), dtype=dtype) for w in weights] for _ in shares]
     alone = [[s.clone() for s in each] for each in averages]
-    shares = [1e-4, 0.6, 1.0]
     ema_update_(averages, weights, shares, backend=backend)
     for each, share in zip(alone, shares, strict=True):
         ema_update_(each, weights, share, backend=backend)

@@ -136,9 +136,17 @@ FAULTS = [
     Fault(
         "the loop leaves out the last entry",
         NUMBA,
-        "                for i in range(count):\n                    shadow[i] += share",
-        "                for i in range(count - 1):\n                    shadow[i] += share",
+        "    for i in range(len(weights)):\n        weight = widen(weights[i])\n",
+        "    for i in range(len(weights) - 1):\n        weight = widen(weights[i])\n",
         shows_on_page=True,
+        tests="_ops",
+    ),
+    Fault(
+        "of four averages that move together the last takes the share of the third",
+        NUMBA,
+        "(near[0], near[1], near[2], near[3])",
+        "(near[0], near[1], near[2], near[2])",
+        shows_on_page=False,
         tests="_ops",
     ),
     Fault(
