@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import conditional_norm, harness, weight_averaging
+from benchmarks import conditional_norm, gumbel_softmax, harness, weight_averaging
 from cln_tutorial import results
 from experiments import harness as runs
 
@@ -462,6 +462,8 @@ def test_every_case_of_both_devices_can_go_to_a_child_process():
         conditional_norm.quick("cuda"),
         weight_averaging.cases("cpu"),
         weight_averaging.cases("cuda"),
+        gumbel_softmax.cases("cpu"),
+        gumbel_softmax.cases("cuda"),
     ):
         assert pickle.loads(pickle.dumps(cases)) == cases
 
@@ -664,3 +666,116 @@ def test_a_library_that_is_not_there_is_named_and_the_plain_form_is_the_baseline
         assert {each.baseline for each in weight_averaging.cases("cpu")} == {"reference"}
     finally:
         weight_averaging.missing.cache_clear()
+
+
+# --- the benchmark of gumbel_softmax --------------------------------------------------------------
+
+
+def test_the_quick_benchmark_of_draws_runs_and_ours_have_the_law_everywhere(tmp_path):
+    path = tmp_path / "record.json"
+    command = [sys.executable, "-m", "benchmarks.gumbel_softmax", "--quick", "--quiet"]
+    done = subprocess.run(
+        [*command, "--output", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text())
+    results.check(record, "benchmark")
+    assert record["code"] == harness.code_hash("gumbel_softmax")
+    (part,) = record["devices"].values()
+    ours = {"tiled", "tiled, eager", "auto"} - part["missing"].keys()
+    for row in part["rows"]:
+        relaxed = "gumbel_softmax" in row["contenders"]
+        assert relaxed or ours <= row["contenders"].keys()
+        if row["op"] == gumbel_softmax.ONE_DRAW:
+            assert row["bound"] == "argmax"
+            assert set(gumbel_softmax.PEERS) <= row["contenders"].keys()
+        if row["op"] == gumbel_softmax.LIKELY_FIRST:
+            # A float32 sum near 1 does not grow by the billionth that each class adds.
+            assert "0.00000 in place of 33.38349" in row["refused"]["multinomial"]
+    assert {row["setting"] for row in part["rows"]} == {"default", "fixed heap"}
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rows: rows.argmax(-1),
+        lambda rows: torch.randint(rows.shape[1], (len(rows),)),
+        lambda rows: torch.multinomial((rows / 2).softmax(-1), 1)[:, 0],
+        lambda rows: torch.multinomial(rows[:, :-90].softmax(-1), 1)[:, 0],  # one tile is missed
+        lambda rows: torch.multinomial(rows.softmax(-1), 1)[:, 0] + rows.shape[1],
+    ],
+    ids=["no noise", "no logits", "temperature 2", "a part without draws", "no such class"],
+)
+def test_the_gate_of_draws_refuses_another_law(draw, monkeypatch):
+    monkeypatch.setattr(gumbel_softmax, "_draws_of_each", lambda device: {"wrong": draw})
+    case = gumbel_softmax._one_draw((64, 600), "float32")
+    passed, refused = harness.gate(case, gumbel_softmax.one_draw(case, "cpu"))
+    assert refused.keys() == {"wrong"}
+    assert passed.keys() == {"amax", "argmax"}
+
+
+@pytest.mark.parametrize(
+    "relax",
+    [
+        lambda logits: torch.softmax(logits, -1),
+        lambda logits: 0.99 * torch.nn.functional.gumbel_softmax(logits),
+        lambda logits: torch.nn.functional.gumbel_softmax(logits, tau=0.5),
+    ],
+    ids=["no noise", "not a sum of 1", "another gradient"],
+)
+def test_the_gate_of_relaxed_draws_refuses_another_law_or_gradient(relax, monkeypatch):
+    monkeypatch.setattr(gumbel_softmax, "gumbel_softmax", relax)
+    case = gumbel_softmax._relaxed((4096, 8))
+    passed, refused = harness.gate(case, gumbel_softmax.relaxed(case, "cpu"))
+    assert refused.keys() == {"gumbel_softmax"}
+    assert passed.keys() == {"F.gumbel_softmax"}
+
+
+def test_the_contender_without_a_compiler_does_not_reach_numba(monkeypatch):
+    monkeypatch.setattr(gumbel_softmax.tiles, "_NUMBA", True)
+    eager = gumbel_softmax.tiles.eager_log_sums
+    seen = []
+    monkeypatch.setattr(
+        gumbel_softmax.tiles, "eager_log_sums", lambda *a: seen.append(a) or eager(*a)
+    )
+    gumbel_softmax._ours("cpu")["tiled, eager"](torch.zeros(2, 600))
+    assert len(seen) == 1
+    assert gumbel_softmax.tiles._NUMBA is True
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_goals_of_draws_without_rows_are_not_measured(device):
+    for goal in gumbel_softmax.goals(device):
+        assert goal.entry([])["met"] is None
+
+
+def draws_row(shape, dtype="float32", clock="cpu", **ratios):
+    names = {"F_gumbel": "F.gumbel_softmax", "eager": "tiled, eager"}
+    contenders = {
+        names.get(name, name): {clock: {"ratio": {"median": ratio}}}
+        for name, ratio in ratios.items()
+    }
+    about = {"op": gumbel_softmax.ONE_DRAW, "shape": list(shape), "dtype": dtype}
+    return about | {"contenders": contenders}
+
+
+def test_the_goals_of_draws_take_the_worst_row_of_the_promised_shape():
+    rows = [
+        draws_row((16, 131072), F_gumbel=1.0, multinomial=1.5, tiled=24.0, eager=9.0, argmax=30.0),
+        draws_row((16, 131072), F_gumbel=1.0, multinomial=1.2, tiled=21.0, eager=12.0, argmax=21.0),
+        draws_row((16, 131072), "bfloat16", F_gumbel=1.0, tiled=2.0, argmax=30.0),
+        draws_row((1, 131072), F_gumbel=1.0, tiled=2.0, argmax=30.0),
+    ]
+    entries = [goal.entry(rows) for goal in gumbel_softmax.goals("cpu")]
+    assert [entry["reached"] for entry in entries] == pytest.approx([21.0, 16.0, 1.25, 9.0])
+    assert [entry["met"] for entry in entries] == [True, True, False, False]
+
+
+def test_the_goal_of_draws_on_a_gpu_holds_for_large_inputs():
+    rows = [
+        draws_row((2**10, 2**16), clock="cuda", F_gumbel=1.0, triton=5.0, amax=6.0),
+        draws_row((4, 600), clock="cuda", F_gumbel=1.0, triton=1.0, amax=6.0),
+    ]
+    (entry,) = [goal.entry(rows) for goal in gumbel_softmax.goals("cuda")]
+    assert entry["reached"] == pytest.approx(1.2)
+    assert entry["met"] is False
