@@ -38,7 +38,7 @@ FAULTS = [
         SAMPLING,
         "noise.split(parts, -1)",
         "noise.split((parts[0], width), -1)[0], noise[..., :width]",
-        shows_on_page=False,
+        shows_on_page=True,
     ),
     Fault(
         "places behind the last class are drawn as the last class",
@@ -103,7 +103,7 @@ FAULTS = [
         RELAXATION,
         "math.lgamma(classes)",
         "math.lgamma(classes + 1)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_relaxation",
     ),
     Fault(
@@ -128,7 +128,7 @@ FAULTS = [
         "    baseline = baseline.detach() if isinstance(baseline, Tensor) else baseline\n"
         "    return value + (value.detach() - baseline) * (log_prob - log_prob.detach())",
         "    part = (value - baseline) * log_prob\n    return value + part - part.detach()",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_reparameterization",
     ),
     Fault(
@@ -152,7 +152,7 @@ FAULTS = [
         VAE,
         "weights.logsumexp(0) - math.log(n)",
         "weights.mean(0)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_discrete_vae",
     ),
     Fault(
@@ -160,7 +160,7 @@ FAULTS = [
         ESTIMATORS,
         "(values.sum(0) - values) / (n - 1)",
         "values.sum(0) / n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_estimators",
     ),
     Fault(
@@ -176,7 +176,7 @@ FAULTS = [
         ESTIMATORS,
         "alpha.abs().sigmoid()",
         "alpha.sigmoid()",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_estimators",
     ),
     Fault(
@@ -184,7 +184,7 @@ FAULTS = [
         ESTIMATORS,
         "rows + noise.flip(-1)]",
         "rows + _noise_like(rows, generator)]",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_estimators",
     ),
     Fault(
@@ -192,7 +192,7 @@ FAULTS = [
         RELAXATION,
         "        logits.detach(), index, n, generator=generator",
         "        logits, index, n, generator=generator",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_estimators",
     ),
     Fault(
@@ -208,7 +208,7 @@ FAULTS = [
         ESTIMATORS,
         "given = conditional_gumbel(rows, index,",
         "given = conditional_gumbel(rows.detach(), index,",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_estimators",
     ),
     Fault(
@@ -216,7 +216,7 @@ FAULTS = [
         ESTIMATORS,
         "control + score_function_surrogate(at_drawn, log_prob, eta * at_given)",
         "control + at_drawn + (at_drawn - eta * at_given) * log_prob",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_estimators",
     ),
     Fault(
