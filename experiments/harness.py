@@ -9,7 +9,9 @@ does not depend on how many workers share the list, nor on where it was killed a
 """
 
 import argparse
+import ast
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -17,6 +19,7 @@ import platform
 import shutil
 import threading
 import time
+import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -383,17 +386,32 @@ def end_with_parent() -> None:
 
 def _fingerprint(about: dict[str, Any]) -> str:
     """Of all that a result depends on; state with another fingerprint is never taken up."""
-    shared = hash_files([Path(__file__), ROOT / "cln_tutorial/datasets.py"])
+    shared = hash_files([Path(__file__), *module_files("datasets")])
     return hashlib.sha256(json.dumps([about, shared], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def hash_files(paths: list[Path]) -> str:
-    """SHA-256 over the names and contents of files of the repository."""
+    """SHA-256 over the names of Python files of the repository and the code in them."""
     digest = hashlib.sha256()
     for path in paths:
-        content = path.read_bytes()
+        content = _without_words(path.read_text(encoding="utf-8")).encode()
         digest.update(f"{path.relative_to(ROOT).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()
+
+
+def _without_words(source: str) -> str:
+    """The source without docstrings and lines of comments, which change no result."""
+    words = {
+        token.start[0]
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#")
+    }
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str()), lineno=first, end_lineno=last):
+                words.update(range(first, last + 1))
+    lines = enumerate(source.split("\n"), 1)
+    return "\n".join(line for number, line in lines if line.strip() and number not in words)
 
 
 def _about(checkpoint: Path) -> dict[str, Any]:

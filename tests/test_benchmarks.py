@@ -17,7 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import conditional_norm, gumbel_softmax, harness, weight_averaging
+from benchmarks import (
+    conditional_norm,
+    gumbel_softmax,
+    harness,
+    spherical_embedding,
+    weight_averaging,
+)
 from cln_tutorial import results
 from experiments import harness as runs
 
@@ -464,6 +470,7 @@ def test_every_case_of_both_devices_can_go_to_a_child_process():
         weight_averaging.cases("cuda"),
         gumbel_softmax.cases("cpu"),
         gumbel_softmax.cases("cuda"),
+        spherical_embedding.cases("cpu"),
     ):
         assert pickle.loads(pickle.dumps(cases)) == cases
 
@@ -779,3 +786,61 @@ def test_the_goal_of_draws_on_a_gpu_holds_for_large_inputs():
     (entry,) = [goal.entry(rows) for goal in gumbel_softmax.goals("cuda")]
     assert entry["reached"] == pytest.approx(1.2)
     assert entry["met"] is False
+
+
+# --- the benchmark of spherical_embedding ---------------------------------------------------------
+
+
+def test_the_quick_benchmark_of_embeddings_runs_and_its_documents_know_their_words(tmp_path):
+    path = tmp_path / "record.json"
+    command = [sys.executable, "-m", "benchmarks.spherical_embedding", "--quick", "--quiet"]
+    done = subprocess.run(
+        [*command, "--output", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text())
+    results.check(record, "benchmark")
+    assert record["code"] == harness.code_hash("spherical_embedding")
+    (part,) = record["devices"].values()
+    wanted = {"numba", "numba, 2 threads", "torch", "Doc2Vec", "Doc2Vec, 5 negatives"}
+    for row in part["rows"]:
+        assert not row["refused"]
+        if row["op"] == spherical_embedding.EPOCH:
+            assert row["contenders"].keys() == wanted - part["missing"].keys()
+
+
+def test_the_gate_of_embeddings_refuses_documents_that_do_not_know_their_words():
+    texts = spherical_embedding._texts(spherical_embedding.QUICK)
+    vocabulary, corpus = spherical_embedding.corpora.read_corpus(texts, min_count=1)
+    settings = spherical_embedding.Settings(dim=100)
+    tables = spherical_embedding.training.new_tables(len(vocabulary), len(corpus), settings)
+    random = spherical_embedding._known(tables.documents, tables.words, corpus)
+    assert abs(random - 0.5) < 0.1  # documents of 60 random directions, each its own
+    assert random < spherical_embedding.KNOWN
+
+
+def embedding_row(op, shape, setting="default", **ratios):
+    names = {"two": "numba, 2 threads", "five": "Doc2Vec, 5 negatives", "numba": "numba"}
+    names |= {"Doc2Vec": "Doc2Vec", "one_loop": "one thread", "two_loops": "two threads"}
+    clocks = {
+        names[name]: {clock: {"ratio": {"median": ratio}} for clock in ("cpu", "wall")}
+        for name, ratio in ratios.items()
+    }
+    return {"op": op, "shape": list(shape), "setting": setting, "contenders": clocks}
+
+
+def test_the_goals_of_embeddings_take_the_worst_row_and_threads_count_where_a_core_was_free():
+    epoch, control = spherical_embedding.EPOCH, spherical_embedding.CONTROL
+    quarter, small = spherical_embedding.QUARTER, spherical_embedding.SMALL
+    rows = [
+        embedding_row(epoch, quarter, numba=2.0, two=3.0, Doc2Vec=1.0, five=0.5),
+        embedding_row(epoch, quarter, "fixed heap", numba=1.8, two=3.6, Doc2Vec=1.0, five=0.5),
+        embedding_row(epoch, small, numba=0.1, two=0.1, Doc2Vec=1.0, five=1.0),
+        embedding_row(control, (10,), one_loop=1.0, two_loops=1.95),
+        embedding_row(control, (10,), "fixed heap", one_loop=1.0, two_loops=1.5),
+    ]
+    entries = [goal.entry(rows) for goal in spherical_embedding.goals("cpu")]
+    assert [entry["reached"] for entry in entries] == pytest.approx([1.8, 3.6, 1.5])
+    assert [entry["met"] for entry in entries] == [True, True, False]
+    busy = [goal.entry(rows[:3] + rows[4:]) for goal in spherical_embedding.goals("cpu")]
+    assert busy[-1]["met"] is None

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import zipfile
 from collections import Counter
@@ -25,6 +26,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cln_tutorial import datasets
+from cln_tutorial.datasets import cleaning, newsgroups20, sources
+from cln_tutorial.datasets.word_similarity import parse_word_similarity
 
 # Leaks, repeats and contradictions on purpose: by white space (U+3000 too), by case, across valid
 # and test; U+2028 is a separator of Unicode and no end of a line.
@@ -58,15 +61,65 @@ def zip_of(texts):
 
 ZIP = zip_of(REVIEWS)
 
+# Posts of the by-date archive: three spellings of "Re:", a subject without words, none at all, a
+# body that quotes a header, a byte of latin-1; numbers that sort otherwise as text.
+LONG = "y" * 20
+TOP = "From: nobody\nLines: 1\n"
+POSTS = {
+    ("test", "sci.space", 2): f"Subject: moon\n{TOP}\nmoon moon moon x re re re {LONG}",
+    ("train", "sci.space", 10000): f"{TOP}Subject: RE:Re: Moon-base\n\nMOON; moon rare",
+    ("train", "sci.space", 9999): f"{TOP}subject: Re: Mars\n\nMars mars\n\nSubject: re: mars mars",
+    ("train", "sci.med", 7): f"{TOP}Subject: \nOther: mars\n\nca\xe9fe fe fe {LONG}",
+    ("train", "sci.med", 8): f"{TOP}\nSubject: fe, fe! {LONG} {LONG} {LONG} {LONG}y" * 2,
+    ("train", "sci.med", 9): "",
+}
+# Only what occurs five times stands in the prepared lines: not "base", "ca", "subject", "x".
+MADE_TEXT = [
+    f"fe fe fe {LONG}",
+    f"fe fe {LONG} {LONG} {LONG} fe fe {LONG} {LONG} {LONG}",
+    "",
+    "mars mars mars re mars mars",
+    "re moon moon moon",
+    f"moon moon moon moon re re re {LONG}",
+]
+MADE_LABELS = ["13\t0"] * 3 + ["14\t0"] * 2 + ["14\t1"]
+# One pair in both orders, one twice, one of a word with itself; a line feed may be Windows'.
+PAIRS = {
+    "sim.csv": "Word 1,Word 2,Human (mean)\r\nbank,money,8.12\r\ncat,cat,10.00\r\n"
+    "money,bank,8.50\r\nFBI,money,1.5\r\n",
+    "men.txt": "sun sunlight 50.000000\ncar bus 3.5\ncar bus 4.000000\n",
+}
+
+
+def posts_archive(posts=POSTS):
+    """A tar.gz as the by-date archive is one, folders among the files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for (side, group, number), post in posts.items():
+            folder = tarfile.TarInfo(f"20news-bydate-{side}/{group}")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            member = tarfile.TarInfo(f"20news-bydate-{side}/{group}/{number}")
+            member.size = len(content := post.encode("latin-1"))
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+ARCHIVE = posts_archive()
+
 
 def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
+def text_of(lines):
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
 def reviews_at(url, content=ZIP):
     """The entry of the table for the made reviews, three files of one archive."""
     files = tuple(
-        datasets._File(
+        sources.File(
             local=f"reviews.{part}.gz",
             sha256=sha256(text.encode()),
             url=f"{url}/reviews.zip",
@@ -75,13 +128,13 @@ def reviews_at(url, content=ZIP):
         )
         for part, text in REVIEWS.items()
     )
-    return datasets._Set(files, datasets._parse_sentiment_zh, licence="none", source="this test")
+    return sources.Set(files, cleaning.parse_sentiment_zh, licence="none", source="this test")
 
 
 def sentences_at(url):
     """The entry for the made sentences, of whose test files the first three lines are used."""
     files = tuple(
-        datasets._File(
+        sources.File(
             local=f"{part}.gz",
             sha256=sha256("".join(text.splitlines(keepends=True)[:3]).encode()),
             url=f"{url}/{part}",
@@ -90,7 +143,34 @@ def sentences_at(url):
         )
         for part, text in SENTENCES.items()
     )
-    return datasets._Set(files, datasets._parse_yelp_short, licence="none", source="this test")
+    return sources.Set(files, cleaning.parse_yelp_short, licence="none", source="this test")
+
+
+def posts_at(url, archive=ARCHIVE):
+    """The entry for the made posts, two files that are prepared from one archive."""
+    files = tuple(
+        sources.File(
+            local=local,
+            sha256=sha256(text_of(lines)),
+            url=f"{url}/5975967",
+            url_sha256=sha256(archive),
+            prepare=prepare,
+        )
+        for local, lines, prepare in (
+            ("text.txt.xz", MADE_TEXT, newsgroups20.prepare_text),
+            ("label.tsv.gz", MADE_LABELS, newsgroups20.prepare_labels),
+        )
+    )
+    return sources.Set(files, newsgroups20.parse_newsgroups20, licence="none", source="this test")
+
+
+def pairs_at(url):
+    """The entry for the made pairs of words, two files that are used as they are."""
+    files = tuple(
+        sources.File(f"{name}.gz", sha256(text.encode()), f"{url}/{name}", sha256(text.encode()))
+        for name, text in PAIRS.items()
+    )
+    return sources.Set(files, parse_word_similarity, licence="none", source="this test")
 
 
 def idx(array):
@@ -120,7 +200,7 @@ def zipped(content):
 def greys_at(url, packaged, raw=IDX):
     """The entry of the table for the made images, which a package may put into a folder."""
     files = tuple(
-        datasets._File(
+        sources.File(
             local=name,
             sha256=sha256(content),
             url=f"{url}/{name}",
@@ -129,7 +209,7 @@ def greys_at(url, packaged, raw=IDX):
         )
         for name, content in raw.items()
     )
-    return datasets._Set(files, datasets._parse_fashion_mnist, licence="none", source="this test")
+    return sources.Set(files, cleaning.parse_fashion_mnist, licence="none", source="this test")
 
 
 class Server(ThreadingHTTPServer):
@@ -139,6 +219,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = {"/reviews.zip": ZIP, **{f"/{k}": v.encode() for k, v in SENTENCES.items()}}
         self.files |= {f"/{name}": zipped(content) for name, content in IDX.items()}
+        self.files |= {f"/{name}": text.encode() for name, text in PAIRS.items()}
+        self.files["/5975967"] = ARCHIVE
         self.behaviour, self.asked = "good", []
         self.half_sent, self.released = threading.Event(), threading.Event()
         self.two_are_here = threading.Barrier(2)
@@ -193,6 +275,8 @@ def server(cache, monkeypatch):
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setitem(datasets._SETS, "reviews", reviews_at(server.url))
         monkeypatch.setitem(datasets._SETS, "sentences", sentences_at(server.url))
+        monkeypatch.setitem(datasets._SETS, "posts", posts_at(server.url))
+        monkeypatch.setitem(datasets._SETS, "pairs", pairs_at(server.url))
         yield server
         server.released.set()
         server.shutdown()
@@ -278,7 +362,7 @@ def test_only_the_first_lines_of_a_file_with_a_head_are_used(server):
 )
 def test_kept_and_removed_add_up_and_no_text_is_on_both_sides(train, held_out):
     about = {"name": "", "licence": "", "source": "", "sha256": {}, "class_names": ()}
-    cleaned = datasets._clean_texts(train, held_out, **about)
+    cleaned = cleaning.clean_texts(train, held_out, **about)
     texts = cleaned.train.texts + cleaned.held_out.texts
     assert len(set(texts)) == len(texts)
     assert len(texts) + sum(cleaned.removed.values()) == len(train) + len(held_out)
@@ -312,7 +396,7 @@ def test_kept_and_removed_images_add_up_and_train_does_not_depend_on_the_held_ou
 ):
     about = {"name": "", "licence": "", "source": "", "sha256": {}}
     cleaned, other = (
-        datasets._parse_fashion_mnist(idx_files({"train": train, "t10k": rows}), **about)
+        cleaning.parse_fashion_mnist(idx_files({"train": train, "t10k": rows}), **about)
         for rows in (held_out, another)
     )
     sides = greys_of(cleaned.train), greys_of(cleaned.held_out)
@@ -349,6 +433,90 @@ def test_the_digest_of_every_source_file_is_reported(server):
     }
 
 
+# ---------------------------------------------------------------- sets that stay as they are
+
+
+def test_posts_are_prepared_from_the_archive_in_the_order_of_side_class_and_number(server):
+    loaded = datasets.load("posts", progress=False)
+    assert loaded.texts == tuple(MADE_TEXT)
+    assert loaded.labels.tolist() == [13, 13, 13, 14, 14, 14]
+    assert loaded.held_out.tolist() == [False] * 5 + [True]
+    assert [loaded.class_names[label] for label in (13, 14)] == ["sci.med", "sci.space"]
+    assert server.asked == ["/5975967"], "one download for both files"
+
+
+def test_local_posts_are_not_prepared_again(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLN_TUTORIAL_DATA", str(tmp_path))
+    (tmp_path / "posts").mkdir()
+    (tmp_path / "posts/text.txt.xz").write_bytes(lzma.compress(text_of(MADE_TEXT)))
+    (tmp_path / "posts/label.tsv.gz").write_bytes(gzip.compress(text_of(MADE_LABELS)))
+    assert datasets.load("posts", progress=False).texts == tuple(MADE_TEXT)
+    assert server.asked == []
+
+
+def test_an_archive_that_prepares_to_something_else_is_refused(server, monkeypatch):
+    server.files["/5975967"] = other = posts_archive({**POSTS, ("train", "sci.med", 9): "\n\nfe"})
+    monkeypatch.setitem(datasets._SETS, "posts", posts_at(server.url, other))
+    with pytest.raises(OSError, match=f"should be {sha256(text_of(MADE_TEXT))}, got"):
+        datasets.load("posts", progress=False)
+
+
+def test_a_file_that_is_no_archive_of_posts_is_named(server, monkeypatch):
+    server.files["/5975967"] = other = ARCHIVE[: len(ARCHIVE) // 2]
+    monkeypatch.setitem(datasets._SETS, "posts", posts_at(server.url, other))
+    with pytest.raises(OSError, match=r"cache/posts/5975967 is truncated, damaged or not what"):
+        datasets.load("posts", progress=False)
+
+
+def test_posts_say_that_they_are_sorted_by_class_and_what_else_is_wrong(cache):
+    rows = [
+        ("a", "3\t0"),
+        ("b", "3\t0"),
+        ("a", "3\t0"),
+        ("c", "5\t0"),
+        ("b", "4\t1"),
+        ("a", "4\t1"),
+    ]
+    texts, labels = zip(*rows, strict=True)
+    raw = {"text": text_of(texts), "label": text_of(labels)}
+    about = {"name": "made", "sha256": {}, "licence": "none", "source": "this test"}
+    loaded = newsgroups20.parse_newsgroups20(raw, **about)
+    assert loaded.texts == texts, "nothing is removed"
+    assert list(loaded.left_in.values()) == [3, 3, 2, 2]
+    assert str(loaded).splitlines() == [
+        "made: 4 train and 2 held-out posts of 20 newsgroups, in the order of the file",
+        "left in: 3 posts that follow one of their own class: shuffle them before training",
+        "left in: 3 posts that repeat an earlier post word for word",
+        "left in: 2 held-out posts that are in train",
+        "left in: 2 posts with several labels",
+        "licence: none",
+        "source: this test",
+    ]
+    with pytest.raises(OSError, match="text and label hold 6 posts and 5 labels"):
+        newsgroups20.parse_newsgroups20(raw | {"label": text_of(labels[1:])}, **about)
+
+
+def test_pairs_of_words_are_all_kept_and_the_odd_ones_counted(server):
+    loaded = datasets.load("pairs", progress=False)
+    assert loaded.wordsim353.pairs == (
+        ("bank", "money"),
+        ("cat", "cat"),
+        ("money", "bank"),
+        ("FBI", "money"),
+    )
+    assert loaded.wordsim353.scores.tolist() == [8.12, 10, 8.5, 1.5]
+    assert loaded.men.pairs == (("sun", "sunlight"), ("car", "bus"), ("car", "bus"))
+    assert loaded.men.scores.tolist() == [50, 3.5, 4]
+    assert (loaded.wordsim353.scale, loaded.men.scale) == ((0, 10), (0, 50))
+    assert list(loaded.wordsim353.left_in.values()) == [1, 1]
+    assert list(loaded.men.left_in.values()) == [1, 0]
+    assert str(loaded).splitlines()[:3] == [
+        "pairs: 4 pairs (WordSim-353) and 3 pairs (MEN)",
+        "left in: 1 pairs that repeat an earlier pair, in this or the other order (WordSim-353)",
+        "left in: 1 pairs of a word with itself (WordSim-353)",
+    ]
+
+
 # ---------------------------------------------------------------- the idx format
 
 
@@ -357,7 +525,7 @@ def test_idx_gives_back_the_values_that_were_written(data):
     sizes = data.draw(st.lists(st.integers(1, 3), max_size=3))
     shape = (data.draw(st.sampled_from([0, 1, 2, 300])), *sizes)  # 300 needs two bytes
     values = np.arange(np.prod(shape)).reshape(shape).astype(np.uint8)
-    read = datasets._idx("made", idx(values), *sizes)
+    read = cleaning.idx("made", idx(values), *sizes)
     assert read.dtype == np.uint8
     np.testing.assert_array_equal(read, values)
 
@@ -382,7 +550,7 @@ GOOD = idx(np.zeros((2, 28, 28)))
 )
 def test_a_file_that_is_no_idx_file_of_such_images_is_refused(content, message):
     with pytest.raises(OSError, match=message):
-        datasets._idx("made", content, 28, 28)
+        cleaning.idx("made", content, 28, 28)
 
 
 def test_a_side_with_a_label_too_few_is_refused(packaged, monkeypatch, server):
@@ -513,7 +681,7 @@ def test_a_redirect_is_followed(server):
             r"no data set 'sentiment_cn'; did you mean 'sentiment_zh'\? Available are",
         ),
         ("Yelp", r"did you mean 'yelp_short'\?"),
-        ("", r"no data set ''\. Available are .*sentiment_zh, yelp_short"),
+        ("", r"no data set ''\. Available are .*word_similarity, yelp_short"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest_and_all_names(name, message):
@@ -584,7 +752,7 @@ def test_a_connection_that_is_cut_once_does_no_harm(server, monkeypatch):
 
 def test_a_server_that_falls_silent_is_given_up(server, cache, monkeypatch):
     server.behaviour = "stall"
-    monkeypatch.setattr(datasets, "_TIMEOUT", (1, 0.1))
+    monkeypatch.setattr(sources, "TIMEOUT", (1, 0.1))
     with pytest.raises(ConnectionError, match="timed out"):
         datasets.load("reviews", progress=False)
     assert files_in(cache) == []
@@ -686,8 +854,8 @@ def test_every_entry_of_the_table_is_complete():
             assert len(file.sha256) == len(file.url_sha256) == 64
             assert Path(file.local).suffix in (".gz", ".xz")
             # of a file that is used as it is, both digests are the same
-            whole = file.member is None and file.head is None and not file.url.endswith(".gz")
-            assert (file.sha256 == file.url_sha256) == whole
+            made = file.member or file.head or file.prepare or file.url.endswith(".gz")
+            assert (file.sha256 == file.url_sha256) == (not made)
 
 
 def test_type_checkers_know_the_type_of_every_set():
@@ -748,7 +916,7 @@ def test_lower_casing_merges_no_two_reviews():
 def raw_fashion(part):
     """Pixels and class of every row; from whichever place has the files, without the parser."""
     images, labels = (
-        datasets._read("fashion_mnist", file, progress=False)
+        sources.read("fashion_mnist", file, progress=False)
         for file in datasets._SETS["fashion_mnist"].files
         if file.local.startswith(part)
     )
@@ -776,3 +944,34 @@ def test_the_real_images_repeat_none_and_leak_none():
         assert side.labels.tolist() == [y for _, y in rows]
     assert loaded.class_names[9] == "Ankle boot"  # the first image of the train file is one
     assert loaded.train.labels[0] == 9
+
+
+@pytest.mark.data
+def test_the_real_posts_are_sorted_by_class_and_all_there():
+    """Numbers of the set's SOURCE.md; the repeats counted in the raw file without the loader."""
+    loaded = datasets.load("newsgroups20", progress=False)
+    assert (len(loaded.texts), loaded.held_out.sum()) == (18_846, 7_532)
+    assert sum(len(text.split()) for text in loaded.texts) == 4_705_373
+    for side in (loaded.labels[~loaded.held_out], loaded.labels[loaded.held_out]):
+        assert (np.diff(side) >= 0).all()
+        assert len(set(side.tolist())) == 20
+    with lzma.open(Path(os.environ["CLN_TUTORIAL_DATA"], "newsgroups20/text.txt.xz")) as file:
+        distinct = len(set(file))
+    # each side has 20 classes one behind the other: 39 of the 18,845 steps go to another class
+    assert list(loaded.left_in.values()) == [18_846 - 40, 18_846 - distinct, 8, 7]
+
+
+@pytest.mark.data
+def test_the_real_pairs_of_words_are_all_there():
+    loaded = datasets.load("word_similarity", progress=False)
+    wordsim, men = loaded.wordsim353, loaded.men
+    assert (len(wordsim.pairs), len(men.pairs)) == (353, 3_000)
+    # (money, cash) stands there twice, (bank, money) in both orders, and (tiger, tiger)
+    assert [p for p, n in Counter(wordsim.pairs).items() if n > 1] == [("money", "cash")]
+    assert {("bank", "money"), ("money", "bank"), ("tiger", "tiger")} <= set(wordsim.pairs)
+    assert list(wordsim.left_in.values()) == [2, 1]
+    assert list(men.left_in.values()) == [0, 0]
+    for each in (wordsim, men):
+        assert each.scale[0] <= each.scores.min() < each.scores.max() <= each.scale[1]
+    assert wordsim.scores[wordsim.pairs.index(("tiger", "cat"))] == 7.35
+    assert men.scores[men.pairs.index(("river", "water"))] == 49

@@ -399,6 +399,43 @@ def test_the_code_hash_of_a_folder_sees_all_its_files(tmp_path, monkeypatch):
     assert harness.code_hash("x") != after, "a file under another name"
 
 
+CODE = '''
+"""What the module does."""
+X = """
+# no comment, but text that the program has
+"""
+# why
+def f():
+    """What it returns."""
+    return X  # where it is used
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "counts"),
+    [
+        ("the module does", "this module does,\nat length", False),
+        ("returns", "gives back", False),
+        ("# why", "# why\n# and how", False),
+        ("# why\n", "\n\n", False),
+        ("# no comment", "# no remark", True),
+        ("return X ", "return X + X ", True),
+        ("    return", "    if True:\n        return", True),
+    ],
+)
+def test_the_code_hash_is_that_of_the_code_without_its_words(
+    old, new, counts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    file = tmp_path / "x.py"
+    hashes = []
+    for source in (CODE, CODE.replace(old, new)):
+        file.write_text(source)
+        hashes.append(harness.hash_files([file]))
+    assert CODE.count(old) == 1
+    assert (hashes[0] != hashes[1]) == counts
+
+
 def quick_job(variant, folder=None, settings=conditional_norm.QUICK):
     return harness.Job(variant, 0, settings, "cpu", folder)
 
