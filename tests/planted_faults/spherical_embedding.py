@@ -221,7 +221,7 @@ FAULTS = [
         CORPUS,
         "            for number, line in enumerate(file, 1):\n",
         "            for number, line in enumerate((x for x in file if x.endswith(b'\\n')), 1):\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_corpus",
     ),
     Fault(
@@ -229,7 +229,7 @@ FAULTS = [
         CORPUS,
         "            for number, line in enumerate(file, 1):\n",
         "            for number, line in enumerate(filter(bytes.strip, file), 1):\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_corpus",
     ),
     Fault(
@@ -360,7 +360,7 @@ FAULTS = [
         FILES,
         '" %.9g"',
         '" %.6f"',
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_files",
     ),
     Fault(
@@ -368,7 +368,7 @@ FAULTS = [
         FILES,
         '" %.9g"',
         '" %.8g"',
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_files",
     ),
     Fault(
@@ -498,7 +498,7 @@ FAULTS = [
         LOOPS,
         "n[i] = keep_n * z - b * y\n",
         "n[i] = keep_n * z + b * y\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_training",
     ),
     Fault(
@@ -528,14 +528,14 @@ FAULTS = [
         OBJECTIVE,
         '    if objective == "joint":\n        hinge',
         '    if objective != "joint":\n        hinge',
-        shows_on_page=False,
+        shows_on_page=True,
     ),
     Fault(
         "joint hinge and two hinges exchanged in the compiled loop",
         LOOPS,
         "                    if joint:\n",
         "                    if not joint:\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_training",
     ),
     Fault(
@@ -558,7 +558,7 @@ FAULTS = [
         TRAINING,
         "order = document_order(len(corpus), settings.seed, epoch)",
         "order = np.arange(len(corpus))",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_training",
     ),
     Fault(
@@ -573,7 +573,7 @@ FAULTS = [
         TRAINING,
         "seen=epoch * tokens + lengths",
         "seen=lengths",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_training",
     ),
     Fault(
@@ -589,7 +589,7 @@ FAULTS = [
         SAMPLERS,
         "counts.astype(np.float64) ** exponent",
         "counts.astype(np.float64)",
-        shows_on_page=False,
+        shows_on_page=True,
     ),
     Fault(
         "the subsampling of the word2vec paper",
@@ -626,7 +626,7 @@ FAULTS = [
         TRAINING,
         "keys = document_keys(settings.seed, INFERENCE, hashes)",
         "keys = document_keys(settings.seed, INFERENCE, np.arange(len(hashes)))",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_training",
     ),
     Fault(
@@ -643,7 +643,7 @@ FAULTS = [
         "        return Settings(**{name: getattr(self, name) for name in names}, seed=seed)\n",
         "        chosen = {name: getattr(self, name) for name in names}\n"
         '        return Settings(**chosen | {"shuffle": False}, seed=seed)\n',
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_estimator",
     ),
     Fault(
@@ -724,7 +724,7 @@ FAULTS = [
         ESTIMATOR,
         "first_epoch=len(history)",
         "first_epoch=0",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_estimator",
     ),
     Fault(
@@ -732,7 +732,7 @@ FAULTS = [
         ESTIMATOR,
         '    tables.vectors[:] = saved["vectors"]\n',
         '    assert tables.vectors.shape == saved["vectors"].shape\n',
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_estimator",
     ),
     Fault(
@@ -877,7 +877,7 @@ FAULTS = [
         "            keys = document_keys(settings.seed, INFERENCE, hashes)\n",
         "            places = np.arange(len(hashes))\n"
         "            keys = document_keys(settings.seed, INFERENCE, places)\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_estimator",
     ),
     Fault(
@@ -886,7 +886,7 @@ FAULTS = [
         "            d[i] = scale * (keep * d[i] + c * (u[i] - n[i]))\n",
         "            d[i] = scale * (keep * d[i] + c * (u[i] - n[i]))\n"
         "            u[i] += np.float32(1e-6) * d[i]\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_estimator",
     ),
     Fault(
@@ -901,7 +901,7 @@ FAULTS = [
         TRAINING,
         "np.add.reduceat(words[corpus.tokens], corpus.starts[filled])",
         "np.add.reduceat(words[corpus.tokens - 1], corpus.starts[filled])",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_training",
     ),
 ]
