@@ -21,6 +21,7 @@ from benchmarks import (
     conditional_norm,
     gumbel_softmax,
     harness,
+    smoothing,
     spherical_embedding,
     weight_averaging,
 )
@@ -844,3 +845,124 @@ def test_the_goals_of_embeddings_take_the_worst_row_and_threads_count_where_a_co
     assert [entry["met"] for entry in entries] == [True, True, False]
     busy = [goal.entry(rows[:3] + rows[4:]) for goal in spherical_embedding.goals("cpu")]
     assert busy[-1]["met"] is None
+
+
+# --- the benchmark of smoothing -------------------------------------------------------------------
+
+
+def test_the_quick_benchmark_of_smoothing_runs_and_ours_are_right_everywhere(tmp_path):
+    path = tmp_path / "record.json"
+    command = [sys.executable, "-m", "benchmarks.smoothing", "--quick", "--quiet"]
+    done = subprocess.run(
+        [*command, "--output", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text())
+    results.check(record, "benchmark")
+    assert record["code"] == harness.code_hash("smoothing")
+    (part,) = record["devices"].values()
+    for row in part["rows"]:
+        ours = {"reference"} if row["op"] == smoothing.MASKED_LOSS else set(smoothing.OURS)
+        assert ours - part["missing"].keys() <= row["contenders"].keys()
+        assert not row["refused"].keys() & set(smoothing.OURS)
+    assert {row["setting"] for row in part["rows"]} == {"default", "fixed heap"}
+
+
+@pytest.mark.parametrize("op", [smoothing.SPARSEMAX, smoothing.ENTMAX15])
+def test_the_bisected_probabilities_are_those_of_enumerated_supports(op):
+    """Of one to three entries; with equal entries p is known."""
+    alpha = 2.0 if op == smoothing.SPARSEMAX else 1.5
+    x = torch.tensor([[9.0, 0.0, 0.0], [1.0, 1.0, -9.0], [1.0, 1.0, 1.0]]).double()
+    y, gradient = smoothing._bisected(x, torch.eye(3).double(), alpha)
+    expected = torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [1 / 3] * 3]).double()
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-14)  # 70 halvings, two roundings
+    # Alone, an entry has no gradient; two share (a, -a) / 2 of the slope p^(2 - alpha).
+    slope = 0.5 ** (2 - alpha)
+    torch.testing.assert_close(gradient[0], torch.zeros(3).double())
+    half = torch.tensor([-slope / 2, slope / 2, 0.0]).double()
+    torch.testing.assert_close(gradient[1], half)
+
+
+def test_the_expected_ranks_and_values_are_exact_at_small_strength_and_one_block_at_a_large_one():
+    x = torch.tensor([0.3, 1.1, 0.2, 2.0, 1.7]).double()
+    places, eye = torch.arange(1.0, 6.0).double(), torch.eye(5).double()
+    exact, _ = smoothing._projected(x, smoothing.RANK, 1e-3)
+    assert exact.tolist() == [2.0, 3.0, 1.0, 5.0, 4.0]
+    pooled, back = smoothing._projected(x, smoothing.RANK, 10.0)
+    torch.testing.assert_close(pooled, 3 + (x - x.mean()) / 10)
+    jacobian = torch.stack([back(row) for row in eye])
+    torch.testing.assert_close(jacobian, (eye - 0.2) / 10)
+    values, back = smoothing._projected(x, smoothing.SORT, 1e-3)
+    torch.testing.assert_close(values, x.sort().values)
+    assert back(places).tolist() == [2.0, 3.0, 1.0, 5.0, 4.0]
+    flat, back = smoothing._projected(x, smoothing.SORT, 1e3)
+    torch.testing.assert_close(flat, x.mean() + (places - 3) / 1e3)
+    torch.testing.assert_close(back(places), torch.full((5,), 3.0).double())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: torch.softmax(x, -1),
+        lambda x: smoothing.sparsemax(x.detach(), backend="reference") + 0 * x,
+        lambda x: 0.8 * smoothing.sparsemax(x, backend="reference"),
+    ],
+    ids=["another law", "no gradient", "no sum of 1"],
+)
+def test_the_gate_of_sparse_probabilities_refuses_what_is_wrong(wrong, monkeypatch):
+    monkeypatch.setattr(smoothing, "_sparse_functions", lambda op: {"wrong": wrong})
+    about = (smoothing.BOTH, smoothing.sparse, {"y": 0.1, "gradient": 0.1}, "softmax")
+    case = harness.Case(f"sparsemax, {smoothing.NORMAL}", (8, 200), "float32", *about)
+    passed, refused = harness.gate(case, smoothing.sparse(case, "cpu"))
+    assert refused.keys() == {"wrong"}
+    assert passed.keys() == {"softmax"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, strength: x.argsort(-1).argsort(-1) + 1 + 0 * x,
+        lambda x, strength: smoothing.soft_rank(x, 1.1 * strength, backend="reference"),
+    ],
+    ids=["hard", "another strength"],
+)
+def test_the_gate_of_ranks_refuses_what_is_wrong(wrong, monkeypatch):
+    monkeypatch.setattr(smoothing, "_sorting_functions", lambda op: {"wrong": wrong})
+    about = (smoothing.BOTH, smoothing.sorting, {"y": 1e-3, "1 + distance": 0.01}, "sort")
+    case = harness.Case(smoothing.RANK, (8, 60), "float32", *about)
+    passed, refused = harness.gate(case, smoothing.sorting(case, "cpu"))
+    assert refused.keys() == {"wrong"}
+    assert passed.keys() == {"sort"}
+
+
+def test_goals_of_smoothing_without_rows_are_not_measured():
+    for goal in smoothing.goals("cpu"):
+        assert goal.entry([])["met"] is None
+
+
+def test_the_goals_of_smoothing_take_the_worst_row_and_the_error_of_the_gate():
+    def row(op, n, error=0.0, **ratios):
+        names = {"hundred": smoothing.ENTMAX_100}
+        contenders = {
+            names.get(name, name): {"cpu": {"ratio": {"median": ratio}}, "gate": {"error": error}}
+            for name, ratio in ratios.items()
+        }
+        return {"op": op, "shape": [1, n], "contenders": contenders}
+
+    normal, equal = smoothing.NORMAL, smoothing.EQUAL
+    rows = [
+        row(f"sparsemax, {normal}", 128, numba=9.0, entmax=1.0, hundred=2.0),
+        row(f"sparsemax, {normal}", 1000, numba=20.0, entmax=1.0, hundred=8.0),
+        row(f"entmax 1.5, {normal}", 128, numba=4.0, entmax=1.0),
+        row(f"sparsemax, {equal}", 128, numba=3.0, entmax=1.0),
+        row(f"entmax 1.5, {equal}", 128, numba=3.0, entmax=1.0),
+        row(smoothing.RANK, 64, numba=2.0, torchsort=1.0),
+        row(smoothing.RANK, 10**5, numba=4.0, torchsort=2.0),
+        row(smoothing.SORTED.format(1e-2), 1000, error=1e-6, numba=1.0),
+        row(smoothing.RANKED, 10**6, error=0.2, numba=1.0),
+    ]
+    entries = [goal.entry(rows) for goal in smoothing.goals("cpu")]
+    reached = [9.0, 4.0, 3.0, 3.0, 2.5, None, 2.0, 2.0, 1e-6, None, None, 0.2]
+    assert [entry["reached"] for entry in entries] == reached
+    met = [True, True, False, True, False, None, False, True, True, None, None, False]
+    assert [entry["met"] for entry in entries] == met

