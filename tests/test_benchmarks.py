@@ -874,7 +874,7 @@ def test_the_bisected_probabilities_are_those_of_enumerated_supports(op):
     alpha = 2.0 if op == smoothing.SPARSEMAX else 1.5
     x = torch.tensor([[9.0, 0.0, 0.0], [1.0, 1.0, -9.0], [1.0, 1.0, 1.0]]).double()
     y, gradient = smoothing._bisected(x, torch.eye(3).double(), alpha)
-    expected = torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [1 / 3] * 3]).double()
+    expected = torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [1 / 3] * 3], dtype=torch.float64)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-14)  # 70 halvings, two roundings
     # Alone, an entry has no gradient; two share (a, -a) / 2 of the slope p^(2 - alpha).
     slope = 0.5 ** (2 - alpha)
