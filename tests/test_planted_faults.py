@@ -73,10 +73,15 @@ def test_the_fault_turns_the_chapter_red(chapter, fault, copy):
         assert page.returncode == RED, f"the page misses it\n{page.stdout[-2000:]}"
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_the_untouched_copy_is_green(chapter, copy):
-    selected = [f"tests/test_{chapter}.py"]
-    if (copy / f"book/notebooks/{chapter}.ipynb").exists():
-        selected.append(f"book/notebooks/{chapter}.ipynb")
-    run = run_in(copy, "-m", "not slow", *selected)
+def cases_of_copies():
+    for chapter in CHAPTERS:
+        yield pytest.param(f"tests/test_{chapter}.py", id=chapter)
+        page = f"book/notebooks/{chapter}.ipynb"
+        if (ROOT / page).exists():
+            yield pytest.param(page, id=f"page {chapter}", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("path", list(cases_of_copies()))
+def test_the_untouched_copy_is_green(path, copy):
+    run = run_in(copy, "-m", "not slow", path)
     assert run.returncode == GREEN, run.stdout[-2000:]

@@ -53,7 +53,7 @@ FAULTS = [
         SPARSE_LOOPS,
         "height = (row[i] - top) * 0.5 - threshold\n",
         "height = (row[i] - top) - threshold\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_sparse",
     ),
     Fault(
@@ -69,7 +69,7 @@ FAULTS = [
         SPARSE_LOOPS,
         "        if not step > enough:\n            break\n",
         "        break\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_sparse",
     ),
     Fault(
@@ -165,7 +165,7 @@ FAULTS = [
         SPARSE,
         "            by_alphas = (_by_alpha(found, alphas - 1) * centred).sum(-1, keepdim=True)\n",
         "            by_alphas = (_by_alpha(found, alphas - 1) * upwards).sum(-1, keepdim=True)\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_sparse",
     ),
     Fault(
@@ -214,7 +214,7 @@ FAULTS = [
         SPARSE,
         "(found * rows.where(found != 0, 0)).sum(-1)",
         "(found * rows).sum(-1)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_sparse",
     ),
     Fault(
@@ -281,7 +281,7 @@ FAULTS = [
         ISOTONIC_LOOPS,
         "            out[i] = sign * (base - (i - a) * step)",
         "            out[i] = sign * (np.float32((a - i) * step) - np.float32(-base))",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_sorting",
     ),
     Fault(
@@ -289,7 +289,7 @@ FAULTS = [
         ISOTONIC_LOOPS,
         "                out[index] = share * (g[index] - mean) * scale",
         "                out[i] = share * (g[index] - mean) * scale",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_sorting",
     ),
     Fault(
@@ -695,7 +695,7 @@ FAULTS = [
         THRESHOLD,
         "best = torch.where(inside, -1, fbeta).argmax(0, keepdim=True)",
         "best = fbeta.argmax(0, keepdim=True)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_metrics",
     ),
     Fault(
@@ -751,7 +751,7 @@ FAULTS = [
         RANKING,
         "scale, parts = 1 / tau.unsqueeze(-1), []",
         "scale, parts = tau.unsqueeze(-1), []",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_ranking",
     ),
     Fault(
@@ -890,7 +890,7 @@ FAULTS = [
         RANKING,
         "ranks = torch.where(counts, ranks, 0)",
         "ranks = torch.where(counts, ranks if not sides else x, 0)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_ranking",
     ),
     Fault(
@@ -931,7 +931,7 @@ FAULTS = [
         TOPK,
         "rows.detach().kthvalue(entries - k + 1, -1, keepdim=True)",
         "rows.detach().kthvalue(entries - k, -1, keepdim=True)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_topk",
     ),
     Fault(
@@ -939,7 +939,7 @@ FAULTS = [
         TOPK,
         "y = torch.where(m > k, ((m - k) + root) / a, c / ((k - m) + root))",
         "y = c / ((k - m) + root)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_topk",
     ),
     Fault(
@@ -947,7 +947,7 @@ FAULTS = [
         TOPK,
         "m = (surplus <= 0).sum(-1, keepdim=True)",
         "m = (surplus < -0.5).sum(-1, keepdim=True)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_topk",
     ),
     Fault(
@@ -955,7 +955,7 @@ FAULTS = [
         TOPK,
         "weights = (powers / unit).clamp_max(1.0)",
         "weights = powers / unit",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_topk",
     ),
     Fault(
