@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import (
     conditional_norm,
+    energy_models,
     gumbel_softmax,
     harness,
     smoothing,
@@ -966,3 +967,84 @@ def test_the_goals_of_smoothing_take_the_worst_row_and_the_error_of_the_gate():
     assert [entry["reached"] for entry in entries] == reached
     met = [True, True, False, True, False, None, False, True, True, None, None, False]
     assert [entry["met"] for entry in entries] == met
+
+
+# --- the benchmark of energy models ---------------------------------------------------------------
+
+
+def test_the_quick_benchmark_of_energy_models_runs_and_ours_are_right_everywhere(tmp_path):
+    path = tmp_path / "record.json"
+    command = [sys.executable, "-m", "benchmarks.energy_models", "--quick", "--quiet"]
+    done = subprocess.run(
+        [*command, "--output", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text())
+    results.check(record, "benchmark")
+    assert record["code"] == harness.code_hash("energy_models")
+    (part,) = record["devices"].values()
+    for row in part["rows"]:
+        one_way = row["op"] in (energy_models.NETWORK, energy_models.NAN_LOSS)
+        ours = {"reference"} if one_way else set(energy_models.OURS)
+        assert ours - part["missing"].keys() <= row["contenders"].keys()
+        assert not row["refused"].keys() & set(energy_models.OURS)
+    assert {row["setting"] for row in part["rows"]} == {"default", "fixed heap"}
+
+
+def half_the_noise(x, steps, seed):
+    x = x.clone()
+    for _ in range(steps):
+        gradient = torch.func.grad(lambda x: energy_models._energy(x).sum())(x)
+        noise = (energy_models.STEP) ** 0.5 * torch.randn_like(x)
+        x = x - energy_models.STEP * gradient + noise
+    return x
+
+
+def to_the_right(x, steps, seed):
+    ring = energy_models.GaussianMixtureEnergy.ring()
+    return energy_models.langevin_sample(ring, x, energy_models.STEP, steps, seed=seed) + 0.2
+
+
+@pytest.mark.parametrize("wrong", [half_the_noise, to_the_right, lambda x, steps, seed: 0 * x])
+@pytest.mark.parametrize("op", [energy_models.ULA, energy_models.MALA])
+def test_the_gate_of_chains_refuses_what_is_wrong(op, wrong, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(energy_models, "_samplers", lambda op, ring: {"wrong": wrong})
+    case = energy_models._cases([4096], 1, (8, 64), 1)[
+        [energy_models.ULA, energy_models.MALA].index(op)
+    ]
+    passed, refused = harness.gate(case, energy_models.on_modes(case, "cpu"))
+    assert refused.keys() == {"wrong"}
+    assert not passed
+
+
+def test_the_gate_of_chains_tells_the_laws_with_and_without_the_accept_step_apart(monkeypatch):
+    torch.manual_seed(0)
+    both = {"ULA": energy_models._eager, "MALA": energy_models._eager_mala}
+    monkeypatch.setattr(energy_models, "_samplers", lambda op, ring: both)
+    for case in energy_models._cases([4096], 1, (8, 64), 1)[:2]:
+        passed, _ = harness.gate(case, energy_models.on_modes(case, "cpu"))
+        assert passed.keys() == {"ULA" if case.op == energy_models.ULA else "MALA"}
+
+
+def test_goals_of_energy_models_take_the_worst_row_of_the_promised_number_of_chains():
+    def row(op, n, **ratios):
+        names = {"backward": energy_models.BACKWARD}
+        contenders = {
+            names.get(name, name): {"cpu": {"ratio": {"median": ratio}}}
+            for name, ratio in ratios.items()
+        }
+        return {"op": op, "shape": [n, 2], "contenders": contenders}
+
+    rows = [
+        row(energy_models.ULA, 2048, numba=20.0, eager=1.0, torchebm=0.5, blackjax=2.0),
+        row(energy_models.ULA, 2048, numba=15.0, eager=1.0, JAX=3.0),
+        row(energy_models.ULA, 256, numba=1.0, eager=1.0),
+        row(energy_models.MALA, 2048, numba=9.0, blackjax=1.0),
+        row(energy_models.NETWORK, 128, reference=1.5, backward=1.0),
+    ]
+    entries = [goal.entry(rows) for goal in energy_models.goals("cpu")]
+    assert [entry["reached"] for entry in entries] == [15.0, 40.0, 10.0, 5.0, 9.0, 1.5]
+    assert [entry["met"] for entry in entries] == [True, True, True, False, True, True]
+    for goal in energy_models.goals("cpu"):
+        assert goal.entry([])["met"] is None

@@ -16,10 +16,20 @@ from book import twins
 ROOT = Path(__file__).parent.parent
 GROUND_FLOOR = {
     f"cln_tutorial{name}"
-    for name in ("", "._files", "._numba", "._threads", "._transforms", "._typing", ".datasets")
+    for name in (
+        "",
+        "._dtypes",
+        "._files",
+        "._numba",
+        "._threads",
+        "._transforms",
+        "._typing",
+        ".datasets",
+    )
 }
 # Modules that are not chapters: no experiment, no page of their own (results prints all records).
 NOT_CHAPTERS = {
+    "_dtypes",
     "_files",
     "_numba",
     "_threads",
