@@ -83,7 +83,7 @@ FAULTS = [
         NUMBA_LOOPS,
         "sine = read_as(np.uint32(read_as(along, np.uint32) ^ below), np.float32)",
         "sine = along",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_noise",
     ),
     Fault(
@@ -107,7 +107,7 @@ FAULTS = [
         NUMBA_LOOPS,
         "_philox(quads, quad, first_step + step, chains, 0, key, words)",
         "_philox(quads, quad, first_step, chains, 0, key, words)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_noise",
     ),
     Fault(
@@ -123,7 +123,7 @@ FAULTS = [
         NUMBA_LOOPS,
         "_logarithm(_uniform(words[0, i])) <",
         "_logarithm(_uniform(words[0, 0])) <",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_noise",
     ),
     Fault(
@@ -139,7 +139,7 @@ FAULTS = [
         NUMBA_LOOPS,
         "log_ratio[i] += work - _QUARTER * rates[0, i] * (new * new - old * old)",
         "log_ratio[i] += _ZERO * work",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_noise",
     ),
     Fault(
@@ -147,7 +147,7 @@ FAULTS = [
         NUMBA_LOOPS,
         "_QUARTER * rates[0, i] * (new * new - old * old)",
         "_HALF * rates[0, i] * (new * new - old * old)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_noise",
     ),
     Fault(
@@ -187,7 +187,7 @@ FAULTS = [
         FUSED,
         "matched_noise_scale(h, t) if",
         "(h * t) ** 0.5 if",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_noise",
     ),
     Fault(
@@ -227,7 +227,7 @@ FAULTS = [
         STEPS,
         "return (2 * step_size * temperature) ** 0.5",
         "return (step_size * temperature) ** 0.5",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_samplers",
     ),
     Fault(
@@ -235,7 +235,7 @@ FAULTS = [
         STEPS,
         "+ to_chains(noise_scale, x) * noise",
         "+ to_chains(step_size, x) * noise",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_samplers",
     ),
     Fault(
@@ -523,7 +523,7 @@ FAULTS = [
         ANNEALED,
         "(wide - sigma**2 * torch.cat(parts))",
         "(wide - sigma * torch.cat(parts))",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_annealed",
     ),
     Fault(
@@ -549,7 +549,7 @@ FAULTS = [
         "step, _FORWARD)\n"
         "            rates.append(accepted)\n"
         "        log_w -= path.difference(state, betas[k - 1], betas[k])\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_ais",
     ),
     Fault(
@@ -565,7 +565,7 @@ FAULTS = [
         AIS,
         "    log_z = float(log_w.logsumexp(0)) - math.log(n)\n",
         "    log_z = float(log_w.mean())\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_ais",
     ),
     Fault(
@@ -981,7 +981,7 @@ FAULTS = [
         LOSSES,
         "reg * (mean(e_pos.square()) + mean(e_neg.square()))",
         "reg * (mean(e_pos.square()) - mean(e_neg.square()))",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_losses",
     ),
     Fault(
@@ -997,7 +997,7 @@ FAULTS = [
         LOSSES,
         "(x_pos, x_neg.detach())",
         "(x_pos, x_neg)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_losses",
     ),
     Fault(
@@ -1005,7 +1005,7 @@ FAULTS = [
         LOSSES,
         "loss = mean(e_pos) - mean(e_neg)",
         "loss = mean(e_neg) - mean(e_pos)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_losses",
     ),
     Fault(
