@@ -848,20 +848,26 @@ def test_the_goals_of_embeddings_take_the_worst_row_and_threads_count_where_a_co
     assert busy[-1]["met"] is None
 
 
-# --- the benchmark of smoothing -------------------------------------------------------------------
-
-
-def test_the_quick_benchmark_of_smoothing_runs_and_ours_are_right_everywhere(tmp_path):
-    path = tmp_path / "record.json"
-    command = [sys.executable, "-m", "benchmarks.smoothing", "--quick", "--quiet"]
+def quick_part(name, folder):
+    """The one part of a sound record that a quick run has written in a process of its own."""
+    path = folder / "record.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--quiet"]
     done = subprocess.run(
         [*command, "--output", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=180
     )
     assert done.returncode == 0, done.stderr
     record = json.loads(path.read_text())
     results.check(record, "benchmark")
-    assert record["code"] == harness.code_hash("smoothing")
+    assert record["code"] == harness.code_hash(name)
     (part,) = record["devices"].values()
+    return part
+
+
+# --- the benchmark of smoothing -------------------------------------------------------------------
+
+
+def test_the_quick_benchmark_of_smoothing_runs_and_ours_are_right_everywhere(tmp_path):
+    part = quick_part("smoothing", tmp_path)
     for row in part["rows"]:
         ours = {"reference"} if row["op"] == smoothing.MASKED_LOSS else set(smoothing.OURS)
         assert ours - part["missing"].keys() <= row["contenders"].keys()
@@ -973,16 +979,7 @@ def test_the_goals_of_smoothing_take_the_worst_row_and_the_error_of_the_gate():
 
 
 def test_the_quick_benchmark_of_energy_models_runs_and_ours_are_right_everywhere(tmp_path):
-    path = tmp_path / "record.json"
-    command = [sys.executable, "-m", "benchmarks.energy_models", "--quick", "--quiet"]
-    done = subprocess.run(
-        [*command, "--output", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=180
-    )
-    assert done.returncode == 0, done.stderr
-    record = json.loads(path.read_text())
-    results.check(record, "benchmark")
-    assert record["code"] == harness.code_hash("energy_models")
-    (part,) = record["devices"].values()
+    part = quick_part("energy_models", tmp_path)
     for row in part["rows"]:
         one_way = row["op"] in (energy_models.NETWORK, energy_models.NAN_LOSS)
         ours = {"reference"} if one_way else set(energy_models.OURS)
