@@ -119,8 +119,9 @@ def test_the_page_prints_the_same_on_another_processor_within_a_minute(name, env
     run = run_nbval(twins.twin_path(name), CLN_TUTORIAL_CHECK_SHAPES="0", **env)
     assert run.returncode == 0, run.stdout[-3000:]
     # Not the clock on the wall, on which the suite's other worker counts too. Ten seconds are for
-    # the two interpreters to start.
-    assert cpu_seconds_of_children() - start < 60 + 10
+    # the two interpreters to start; half as much again is what that worker costs through caches and
+    # a core of which the system shows two.
+    assert cpu_seconds_of_children() - start < 1.5 * (60 + 10)
 
 
 def cpu_seconds_of_children():
