@@ -24,6 +24,7 @@ from benchmarks import (
     harness,
     smoothing,
     spherical_embedding,
+    triple_extraction,
     weight_averaging,
 )
 from cln_tutorial import results
@@ -1044,4 +1045,101 @@ def test_goals_of_energy_models_take_the_worst_row_of_the_promised_number_of_cha
     assert [entry["reached"] for entry in entries] == [15.0, 40.0, 10.0, 5.0, 9.0, 1.5]
     assert [entry["met"] for entry in entries] == [True, True, True, False, True, True]
     for goal in energy_models.goals("cpu"):
+        assert goal.entry([])["met"] is None
+
+
+# --- the benchmark of triple extraction -----------------------------------------------------------
+
+
+def test_the_quick_benchmark_of_triple_extraction_runs_and_ours_are_right_everywhere(tmp_path):
+    part = quick_part("triple_extraction", tmp_path)
+    refused = {}
+    for row in part["rows"]:
+        assert triple_extraction.OURS in row["contenders"]
+        refused |= {(row["op"], name): why for name, why in row["refused"].items()}
+    # The public forms are right where they are timed, and wrong where the page says so.
+    assert refused.keys() == {
+        (triple_extraction.DEAD, triple_extraction.ARTICLE),
+        (triple_extraction.PUSHED, triple_extraction.SUBTRACTED),
+    }
+    assert {row["setting"] for row in part["rows"]} == {"default", "fixed heap"}
+
+
+def small_losses():
+    return triple_extraction._cases(
+        [(2, 8, 3, 2)], [(2, 3, 8, 8)], [(2, 3, 8, 8)], (4, triple_extraction.MADE)
+    )[:4]
+
+
+@pytest.mark.parametrize("case", small_losses(), ids=lambda case: f"{case.op}, {case.mode}")
+def test_the_gate_of_losses_refuses_forgotten_padding_and_a_wrong_gradient(case, monkeypatch):
+    module = triple_extraction
+    for name in ("power_bce_loss", "global_pointer_loss", "efficient_global_pointer_loss"):
+        whole = getattr(module, name)
+
+        def unmasked(*inputs, whole=whole, mask=None, **rest):
+            inputs = [x for x in inputs if x.dtype != torch.bool]
+            return whole(*inputs, **rest)
+
+        def steep(*inputs, whole=whole, **rest):
+            inputs = list(inputs)
+            inputs[0] = 1.1 * inputs[0] - 0.1 * inputs[0].detach()
+            return whole(*inputs, **rest)
+
+        for wrong in (unmasked, steep):
+            monkeypatch.setattr(module, name, wrong)
+            _, refused = harness.gate(case, case.contenders(case, "cpu"))
+            ours = {module.OURS} | ({module.DENSE} if case.op == module.POWER else set())
+            others = {module.SCORES} if case.op == module.SEPARABLE else set()
+            used = {module.POWER: "power_bce_loss", module.PAIRS: "global_pointer_loss"}
+            if name == used.get(case.op, "efficient_global_pointer_loss"):
+                assert refused.keys() == ours
+            else:
+                assert refused.keys() <= others
+        monkeypatch.undo()
+
+
+def test_the_gate_of_predictions_refuses_a_lost_and_an_added_triple(monkeypatch):
+    module = triple_extraction
+    case = module._cases([], [], [], (4, module.MADE))[0]
+    predict = module.TripleExtractor.predict
+
+    def lost(self, texts):
+        return [found[1:] for found in predict(self, texts)]
+
+    def added(self, texts):
+        found = predict(self, texts)
+        return [[*found[0], module.Triple("a", self.relations[0], "b")], *found[1:]]
+
+    for wrong in (lost, added):
+        monkeypatch.setattr(module.TripleExtractor, "predict", wrong)
+        contenders = module.on_sentences(case, "cpu")
+        assert len(contenders[module.LOOP].expected["triples"]) > 0
+        _, refused = harness.gate(case, contenders)
+        assert refused.keys() == {module.OURS}
+
+
+def test_goals_of_triple_extraction_take_the_worst_row():
+    module = triple_extraction
+
+    def row(op, relations, **ratios):
+        names = {"article": module.ARTICLE, "logsums": module.LOGSUMS, "loop": module.LOOP}
+        contenders = {
+            names.get(name, name): {"cpu": {"ratio": {"median": ratio}}, "kept": 1 / ratio}
+            for name, ratio in ratios.items()
+        }
+        return {"op": op, "shape": [8, relations], "contenders": contenders}
+
+    rows = [
+        row(module.POWER, 50, article=1.0, ours=4.0),
+        row(module.POWER, 215, article=1.0, ours=3.0),
+        row(module.PAIRS, 24, logsums=1.0, ours=6.0),
+        row(module.SEPARABLE, 24, logsums=1.0, ours=14.0),
+        row(module.SEPARABLE, 50, logsums=1.0, ours=20.0),
+        row(module.PREDICTION, 0, loop=1.0, ours=3.0),
+    ]
+    entries = [goal.entry(rows) for goal in module.goals("cpu")]
+    assert [entry["reached"] for entry in entries] == [3.0, 6.0, 14.0, 20.0, 3.0]
+    assert [entry["met"] for entry in entries] == [True, False, True, True, True]
+    for goal in module.goals("cpu"):
         assert goal.entry([])["met"] is None

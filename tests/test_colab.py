@@ -19,7 +19,7 @@ from book import twins
 # torch is not listed: its builds are large, so the test takes the very version of the suite.
 COLAB = [
     "numpy<2.4", "scipy<1.17", "matplotlib<3.11", "scikit-learn<1.9", "safetensors<0.8",
-    "tqdm<4.70", "ipykernel<7.4", "nbclient", "numba<0.68",
+    "tqdm<4.70", "ipykernel<7.4", "nbclient", "numba<0.68", "transformers<5.23",
 ]  # fmt: skip
 
 

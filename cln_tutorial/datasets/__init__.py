@@ -27,6 +27,14 @@ from cln_tutorial.datasets.newsgroups20 import (
     prepare_text,
 )
 from cln_tutorial.datasets.sources import File, Set, read
+from cln_tutorial.datasets.triples import (
+    TripleSplit,
+    TripleTexts,
+    parse_conll04,
+    parse_nyt,
+    parse_webnlg,
+    parse_zh_relations,
+)
 from cln_tutorial.datasets.word_similarity import WordPairs, WordSimilarity, parse_word_similarity
 
 __all__ = [
@@ -37,13 +45,22 @@ __all__ = [
     "NewsgroupPosts",
     "Split",
     "Table",
+    "TripleSplit",
+    "TripleTexts",
     "WordPairs",
     "WordSimilarity",
     "available",
     "load",
 ]
 
-AnySet = LabelledTexts | LabelledImages | ImbalancedTables | NewsgroupPosts | WordSimilarity
+AnySet = (
+    LabelledTexts
+    | LabelledImages
+    | ImbalancedTables
+    | NewsgroupPosts
+    | TripleTexts
+    | WordSimilarity
+)
 
 
 def available() -> tuple[str, ...]:
@@ -70,14 +87,22 @@ def load(name: Literal["newsgroups20"], *, progress: bool = True) -> NewsgroupPo
 @overload
 def load(name: Literal["word_similarity"], *, progress: bool = True) -> WordSimilarity: ...
 @overload
+def load(
+    name: Literal["conll04", "nyt_triples", "webnlg_triples", "zh_relations"],
+    *,
+    progress: bool = True,
+) -> TripleTexts: ...
+@overload
 def load(name: str, *, progress: bool = True) -> AnySet: ...
 def load(name: str, *, progress: bool = True) -> AnySet:
     """Load a data set, in the order of its files.
 
     Sets with a held-out side lose their duplicates, contradictory labels and leaks; their texts are
     stripped of white space at both ends and lower-cased. The tables of "imbalanced" have no such
-    side and lose duplicates and contradictory labels. "newsgroups20" and "word_similarity" stay
-    as the published figures have them, and say what is wrong with them.
+    side and lose duplicates and contradictory labels. "newsgroups20", "word_similarity" and three
+    sets of triples, "conll04", "nyt_triples" and "webnlg_triples", stay as the published figures
+    have them, and say what is wrong with them. "zh_relations" loses repeats and leaks, and is split
+    again into train and validation.
 
     Nothing is downloaded that ``$CLN_TUTORIAL_DATA``, a package of the system (Debian's
     ``dataset-fashion-mnist``) or the cache holds already.
@@ -127,10 +152,32 @@ _STYLE_TRANSFER = (
     f"{_GITHUB}/shentianxiao/language-style-transfer/f078a9d342705ea62b04dd3ac5926d3467c2ac63"
 )
 _FASHION_MNIST = f"{_GITHUB}/zalandoresearch/fashion-mnist/b2617bb6d3ffa2e429640350f613e3291e10b141"
+_PRGC = f"{_GITHUB}/hy-struggle/PRGC/8bbaf340472d232f09a0b8004457b712e1ff1a66/data"
+_JOINTER = f"{_GITHUB}/yubowen-ph/JointER/69f5eb04a8457ac300081079e6edf9ff8efe61e8"
+_TABLERT = f"{_GITHUB}/YoumiMa/TablERT-CNN/055333c2b0dfff48fbab8fa73367cc0766c89862"
+_DEEPKE = f"{_GITHUB}/zjunlp/DeepKE/c50f1c3e45e15eec60f02735f2370291c9b2a35a"
 # Not verified, for want of a connection: that this short name of the commit is answered.
 _JOSE = f"{_GITHUB}/yumeng5/Spherical-Text-Embedding/fcb26c4/datasets"
 
 _SETS: dict[str, Set] = {
+    "conll04": Set(
+        files=tuple(
+            File(
+                local=f"conll04_{side}.json.gz",
+                sha256=sha256,
+                url=f"{_TABLERT}/data/datasets/conll04/conll04_{side}.json",
+                url_sha256=sha256,
+            )
+            for side, sha256 in (
+                ("train", "5f9e9d97c954a21da8929618cf9f1e2b408ff5f1a9936425e5785cbd3c54a380"),
+                ("dev", "f35e81e68da81914286f37f9d66230e6be79f5ff82466438135a2c1873b4f660"),
+                ("test", "6e5788026281f1678ab0d0dda64a304241574b5e7b806b57fe3e796a1acf95b9"),
+            )
+        ),
+        parse=parse_conll04,
+        licence="none stated; newspaper sentences, for research",
+        source="Roth & Yih 2004, split of SpERT, as YoumiMa/TablERT-CNN has it",
+    ),
     "fashion_mnist": Set(
         files=tuple(
             File(
@@ -228,6 +275,44 @@ _SETS: dict[str, Set] = {
         licence="none stated; Usenet posts, copyright of their authors",
         source="Ken Lang 1995, by-date split by Jason Rennie (20news-bydate.tar.gz)",
     ),
+    "nyt_triples": Set(
+        files=tuple(
+            # The fragment, which is not sent, is the name in the cache: two folders have files of
+            # the same names.
+            File(
+                local=f"{local}.gz",
+                sha256=sha256,
+                url=f"{_PRGC}/{path}#/{local}",
+                url_sha256=sha256,
+            )
+            for local, path, sha256 in (
+                (
+                    "val_triples.json",
+                    "NYT/val_triples.json",
+                    "0d0a64d4132620816826d2479623bc18c63b9cb723195cb1bdfe34e398f4b5a9",
+                ),
+                (
+                    "test_triples.json",
+                    "NYT/test_triples.json",
+                    "a23f08aa0c3a764ecbf6826be642538afdb1308818898391e61b791791af3615",
+                ),
+                (
+                    "star_val_triples.json",
+                    "NYT-star/val_triples.json",
+                    "7806f41df90238b43712943af4580ebd32c424027419b9f00d66399967e8127b",
+                ),
+                (
+                    "star_test_triples.json",
+                    "NYT-star/test_triples.json",
+                    "a5f84b8b84df0a8bbd9ef5c348f00901243a83a4c1b26c844bc4a93827b30de2",
+                ),
+            )
+        ),
+        parse=parse_nyt,
+        licence="none stated; sentences of the New York Times, for tests and measurements only",
+        source="Riedel et al. 2010 (distant supervision), validation and test, as hy-struggle/PRGC "
+        "has them",
+    ),
     "sentiment_zh": Set(
         files=tuple(
             File(
@@ -246,6 +331,46 @@ _SETS: dict[str, Set] = {
         parse=parse_sentiment_zh,
         licence="repository Apache-2.0; reviews by users, for teaching and tests only",
         source="bojone/bert4keras, examples/datasets/sentiment.zip, the corpus of article 7124",
+    ),
+    "webnlg_triples": Set(
+        files=tuple(
+            File(local=f"{local}.json.gz", sha256=sha256, url=url, url_sha256=sha256)
+            for local, url, sha256 in (
+                (
+                    "train",
+                    f"{_JOINTER}/dataset/WebNLG/data/train.json",
+                    "4f5ce8e7da12ce3e4902058641c7c136479ac40adfaa3db4db35376575589025",
+                ),
+                (
+                    "dev",
+                    f"{_JOINTER}/dataset/WebNLG/data/dev.json",
+                    "805ed37a638a9f796d2c54dbef1386db8ed91c92707418ba58c11bc25fa36cf7",
+                ),
+                (
+                    "test",
+                    f"{_JOINTER}/dataset/WebNLG/data/test.json",
+                    "b95ae56210e5dc311fb2d195df671a5a0d39f714d89b5c05363fae8933c488a8",
+                ),
+                (
+                    "star_train",
+                    f"{_PRGC}/WebNLG-star/train_triples.json",
+                    "1e807587524c3aeb2ca3963c7b00e7e822ed21f9491a6dde2ce011c6cee84fe2",
+                ),
+                (
+                    "star_val",
+                    f"{_PRGC}/WebNLG-star/val_triples.json",
+                    "4426b1720db34a4c66b08d21884225fd1cc5102801f08ad10a5828973afaeb94",
+                ),
+                (
+                    "star_test",
+                    f"{_PRGC}/WebNLG-star/test_triples.json",
+                    "cc0b6160fb7f0f51f987ff105105607f1ba3bef3c64f380a81a3e0587d3ead53",
+                ),
+            )
+        ),
+        parse=parse_webnlg,
+        licence="none stated by the repositories; the corpus CC BY-SA 3.0 or CC BY-NC-SA 4.0",
+        source="Gardent et al. 2017, as yubowen-ph/JointER has it; star version, hy-struggle/PRGC",
     ),
     "word_similarity": Set(
         files=tuple(
@@ -299,5 +424,23 @@ _SETS: dict[str, Set] = {
         parse=parse_yelp_short,
         licence="repository Apache-2.0; sentences of the Yelp Dataset, academic use only",
         source="shentianxiao/language-style-transfer, data/yelp (arXiv 1705.09655)",
+    ),
+    "zh_relations": Set(
+        files=tuple(
+            File(
+                local=f"{side}.csv.gz",
+                sha256=sha256,
+                url=f"{_DEEPKE}/example/re/standard/data/origin/{side}.csv",
+                url_sha256=sha256,
+            )
+            for side, sha256 in (
+                ("train", "4d6ecb5a28c5eac227da1c79d8c277d81c1cb23087def3b9e4cad0c83fa5eaaa"),
+                ("valid", "882341b50eced98e90c8fc76be99a4790d19463dd55710b0095a249dae560b58"),
+                ("test", "0cd711bf704d115a6935e2854695317e36e374f5a0d57dda7d9f02eb6244548b"),
+            )
+        ),
+        parse=parse_zh_relations,
+        licence="repository MIT; sentences of an encyclopaedia, for tests and measurements only",
+        source="zjunlp/DeepKE, example/re/standard/data/origin",
     ),
 }

@@ -7,6 +7,8 @@ CLEANING = "datasets/cleaning.py"
 NEWSGROUPS = "datasets/newsgroups20.py"
 PAIRS = "datasets/word_similarity.py"
 IMBALANCED = "datasets/imbalanced.py"
+TRIPLES = "datasets/triples.py"
+SETS = "datasets/__init__.py"
 
 FAULTS = [
     Fault(
@@ -197,5 +199,77 @@ FAULTS = [
         "with tempfile.TemporaryDirectory() as folder:",
         "for folder in [tempfile.mkdtemp()]:",
         shows_on_page=False,
+    ),
+    Fault(
+        "spans of characters forget the blanks",
+        TRIPLES,
+        "ends = [end - 1 for end in accumulate(len(word) + 1 for word in words)]",
+        "ends = list(accumulate(len(word) for word in words))",
+        shows_on_page=False,
+        tests="_triples",
+    ),
+    Fault(
+        "a span ends with its first word",
+        TRIPLES,
+        "(starts[first], ends[last - 1])",
+        "(starts[first], ends[first])",
+        shows_on_page=False,
+        tests="_triples",
+    ),
+    Fault(
+        "head and tail of CoNLL04 are exchanged",
+        TRIPLES,
+        '(entities[r["head"]], r["type"], entities[r["tail"]])',
+        '(entities[r["tail"]], r["type"], entities[r["head"]])',
+        shows_on_page=False,
+        tests="_triples",
+    ),
+    Fault(
+        "a wrong place is counted and kept",
+        TRIPLES,
+        "start, wrong = text.index(mention), wrong + 1",
+        "wrong += 1",
+        shows_on_page=False,
+        tests="_triples",
+    ),
+    Fault(
+        "a sentence of the test side stays in train",
+        TRIPLES,
+        "if text not in leaked and _for_validation(text) == which",
+        "if _for_validation(text) == which",
+        shows_on_page=False,
+        tests="_triples",
+    ),
+    Fault(
+        "each process splits the Chinese rows in its own way",
+        TRIPLES,
+        'hashlib.sha256(text.encode("utf-8")).digest()[0] % 8',
+        "hash(text) % 8",
+        shows_on_page=False,
+        tests="_triples",
+    ),
+    Fault(
+        "a mention inside a word is its first occurrence",
+        TRIPLES,
+        '(f" {text} ", (f" {subject} ", f" {object_} "),',
+        "(text, (subject, object_),",
+        shows_on_page=False,
+        tests="_triples",
+    ),
+    Fault(
+        "the model knows the relations of the test side",
+        TRIPLES,
+        "for each in (self.train, self.validation) if",
+        "for each in (self.train, self.validation, self.test) if",
+        shows_on_page=False,
+        tests="_triples",
+    ),
+    Fault(
+        "the two test files of NYT are one file in the cache",
+        SETS,
+        "{path}#/{local}",
+        "{path}",
+        shows_on_page=False,
+        tests="_triples",
     ),
 ]
