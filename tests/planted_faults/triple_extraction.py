@@ -289,7 +289,7 @@ FAULTS = [
         "        held[where] = work[where]\n"
         "        work[where] = 0.0\n"
         "        total = total - held.sum((-2, -1), keepdim=True)\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_global_pointer",
     ),
     Fault(
@@ -337,7 +337,7 @@ FAULTS = [
         GLOBAL_POINTER,
         "cells = keep[:, :, None] & keep[:, None]",
         "cells = keep[:, None].repeat(1, keep.shape[1], 1)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_global_pointer",
     ),
     Fault(
@@ -378,7 +378,7 @@ FAULTS = [
         MODEL,
         'states = hidden if self.conditioning == "cln" else self.final_norm(hidden)',
         "states = self.final_norm(hidden)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_model",
     ),
     Fault(
@@ -589,7 +589,7 @@ FAULTS = [
         PREDICTION,
         "return logits.to(wide_dtype(logits.dtype)).sigmoid() ** power",
         "return logits.to(wide_dtype(logits.dtype)).sigmoid()",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_prediction",
     ),
     Fault(
@@ -687,7 +687,7 @@ FAULTS = [
         COLLATION,
         "for relation, first, last in subjects.get(span, ())",
         "for relation, first, last in set().union(*subjects.values())",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_collation",
     ),
     Fault(
@@ -816,7 +816,7 @@ FAULTS = [
         EVALUATION,
         "n_pred=total.n_pred,",
         "n_pred=sum(map(len, pred_rows)),",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_evaluation",
     ),
     Fault(
