@@ -13,6 +13,7 @@ import ast
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -323,7 +324,11 @@ def _measured(
             raise ValueError(
                 f"{figure!r} was measured {len(values)} times for {len(settings.seeds)} seeds"
             )
-        figures[figure] = results.summarise(values, unit)
+        if len(values) > 1:
+            figures[figure] = results.summarise(values, unit)
+        else:  # of a tuning run: no record, which needs three, and no error either
+            alone = {"values": values, "mean": values[0], "standard_error": math.nan}
+            figures[figure] = alone | {"unit": unit}
     given = {name: job["figures"][name] for job in reversed(finished) for name in job["figures"]}
     texts = {name: given[name] for name in experiment.texts if name in given}
     return {

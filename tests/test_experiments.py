@@ -264,10 +264,11 @@ def test_a_quick_run_never_writes_the_record_of_the_book(tmp_path, monkeypatch):
 
 def test_a_tuning_run_prints_and_writes_no_record(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "write_record", lambda *a: pytest.fail("a record"))
-    experiment = replace(toy([]), tuning=Toy(seeds=(7, 9), factor=3.0))
     arguments = ["--workers", "1", "--state", str(tmp_path), "--tuning"]
-    harness.main(experiment, arguments)
-    assert capsys.readouterr().out.splitlines()[0] == "a: 24 ± 3 apples"
+    for seeds, printed in (((7, 9), "a: 24 ± 3 apples"), ((7,), "a: 21 ± nan apples")):
+        experiment = replace(toy([]), tuning=Toy(seeds=seeds, factor=3.0))
+        harness.main(experiment, arguments)
+        assert capsys.readouterr().out.splitlines()[0] == printed
     for wrong in (experiment, [*arguments, "--output", "x"]), (toy([]), arguments):
         with pytest.raises(SystemExit):
             harness.main(*wrong)
