@@ -319,7 +319,8 @@ def _measured(
     """Those fields of a record that come from the jobs, each figure with its values by seed."""
     figures = {}
     for figure, unit in experiment.units(settings).items():
-        values = [job["figures"][figure] for job in finished if figure in job["figures"]]
+        there = [job["figures"] for job in finished if figure in job["figures"]]
+        values = [float(each[figure]) for each in there]  # counts, too
         if len(values) != len(settings.seeds):
             raise ValueError(
                 f"{figure!r} was measured {len(values)} times for {len(settings.seeds)} seeds"

@@ -1,7 +1,9 @@
 """Benchmarks: wrong results get no figure, what slows the machine cancels, records merge."""
 
+import contextlib
 import copy
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -22,6 +24,8 @@ from benchmarks import (
     energy_models,
     gumbel_softmax,
     harness,
+    intermediate_variables,
+    safe_generators,
     smoothing,
     spherical_embedding,
     triple_extraction,
@@ -1143,3 +1147,244 @@ def test_goals_of_triple_extraction_take_the_worst_row():
     assert [entry["met"] for entry in entries] == [True, False, True, True, True]
     for goal in module.goals("cpu"):
         assert goal.entry([])["met"] is None
+
+
+# --- the benchmark of intermediate variables ------------------------------------------------------
+
+
+def test_the_quick_benchmark_of_captures_runs_and_only_what_lies_is_refused(tmp_path):
+    module, part = intermediate_variables, quick_part("intermediate_variables", tmp_path)
+    by_hand = {
+        (f"{module.BERT}: {module.ATTENTION}", module.FUSED),
+        (module.IN_PLACE, module.BARE),
+        (module.TWICE, module.BARE),
+        (module.TWICE, module.CLONING),
+    }
+    peer = {
+        (module.IN_PLACE, module.PEER),
+        (module.TWICE, module.PEER),
+        (module.TWICE, module.PEER_CLONING),
+    }
+    for row in part["rows"]:
+        ours = {module.CAPTURE, module.UNCLONED, module.TAPPED, module.OURS}
+        assert ours & row["contenders"].keys(), row["op"]
+    refused = {(row["op"], name) for row in part["rows"] for name in row["refused"]}
+    assert refused == by_hand | (set() if module.PEER in part["missing"] else peer)
+    assert {row["setting"] for row in part["rows"]} == {"default", "fixed heap"}
+
+
+def a_capture_of(op):
+    return next(each for each in intermediate_variables.quick("cpu") if each.op.endswith(op))
+
+
+def test_the_true_values_of_a_network_are_those_of_its_layers_one_by_one():
+    module = intermediate_variables
+    case = a_capture_of(module.COPIED)
+    model, x = module._made(case, "cpu")
+    found = module._truth(model, x, module._leaves(model))
+    x, values = x.double(), []
+    for layer in copy.deepcopy(model).double():
+        x = layer(x)
+        values.append(x)
+    assert found["output"].equal(x)
+    assert found["kept"].equal(torch.cat([value.flatten() for value in values]))
+
+
+@pytest.mark.parametrize("op", ["COPIED", "SAME", "HALF"])
+def test_the_gate_of_captures_refuses_values_of_others_lost_ones_and_rounded_ones(op, monkeypatch):
+    module = intermediate_variables
+    case = a_capture_of(getattr(module, op))
+    right = module.capture
+
+    def shifted(values):
+        return dict(zip(values, [*values.values()][::-1], strict=True))
+
+    def lost(values):
+        return dict([*values.items()][1:])
+
+    def rounded(values):
+        return {name: value.bfloat16().float() for name, value in values.items()}
+
+    for wrong in (shifted, lost, rounded):
+
+        @contextlib.contextmanager
+        def changed(*inputs, wrong=wrong, **rest):
+            found = {}
+            with right(*inputs, **rest) as captured:
+                yield found
+            found |= wrong(captured)
+
+        monkeypatch.setattr(module, "capture", changed)
+        _, refused = harness.gate(case, case.contenders(case, "cpu"))
+        assert refused.keys() == {module.UNCLONED if op == "SAME" else module.CAPTURE}
+
+
+def test_the_gate_of_attention_refuses_the_mean_of_the_heads_and_another_order(monkeypatch):
+    module = intermediate_variables
+    case = a_capture_of(module.ATTENTION)
+    right = module.attention_weights
+    for wrong in (
+        lambda weights: weights.mean(1, keepdim=True).expand_as(weights),
+        lambda weights: weights.roll(1, dims=1),
+        lambda weights: weights.transpose(2, 3),
+    ):
+
+        def changed(*inputs, wrong=wrong, **rest):
+            return {name: wrong(weights) for name, weights in right(*inputs, **rest).items()}
+
+        monkeypatch.setattr(module, "attention_weights", changed)
+        _, refused = harness.gate(case, case.contenders(case, "cpu"))
+        assert refused.keys() == {module.OURS, module.FUSED}
+
+
+def test_a_library_of_hooks_that_is_not_there_is_named_and_left_out(monkeypatch):
+    module, load = intermediate_variables, importlib.import_module
+
+    def absent(name):
+        if name == module.PEER:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return load(name)
+
+    monkeypatch.setattr(module.importlib, "import_module", absent)
+    module.missing.cache_clear()
+    try:
+        assert module.missing("cpu")[module.PEER].startswith("ModuleNotFoundError: No module")
+        assert module._ways(True, ["0"]).keys() == {module.CLONING, module.CAPTURE}
+    finally:
+        module.missing.cache_clear()
+
+
+def test_goals_of_captures_take_the_longest_time_of_the_rows_that_they_name():
+    module = intermediate_variables
+
+    def row(model, op, **ratios):
+        names = {"ours": module.CAPTURE, "uncloned": module.UNCLONED, "tapped": module.TAPPED}
+        contenders = {
+            names.get(name, name): {"cpu": {"ratio": {"median": ratio}}}
+            for name, ratio in ratios.items()
+        }
+        return {"op": f"{model}: {op}", "contenders": contenders}
+
+    rows = [
+        row(module.CNN, module.COPIED, ours=1.25, other=0.1),
+        row(module.MLP, module.COPIED, ours=0.96),
+        row(module.BERT, module.HALF, ours=0.5),
+        row(module.CNN, module.SAME, uncloned=0.8),
+        row(module.MLP, module.SAME, uncloned=1.0),
+        row(module.CNN, module.TAPS, tapped=1.02, other=0.1),
+        row(module.MLP, module.TAPS, tapped=1.0),
+    ]
+    entries = [goal.entry(rows) for goal in module.goals("cpu")]
+    assert [entry["reached"] for entry in entries] == [1.0417, 1.25, 1.0]
+    assert [entry["met"] for entry in entries] == [True, False, True]
+    for goal in module.goals("cpu"):
+        assert goal.entry([])["met"] is None
+
+
+# --- the benchmark of safe generators -------------------------------------------------------------
+
+
+def test_the_quick_benchmark_of_loaders_runs_and_ours_give_each_sample_once(tmp_path):
+    part = quick_part("safe_generators", tmp_path)
+    for row in part["rows"]:
+        assert not row["refused"], row
+    found = {row["op"]: set(row["contenders"]) for row in part["rows"]}
+    module = safe_generators
+    assert found[module.EPOCH] >= {module.PLAIN, module.RECIPE, module.OURS, module.GLOBAL}
+    assert (module.STATEFUL in found[module.EPOCH]) == (module.STATEFUL not in part["missing"])
+    assert found[module.GENERATOR] == {
+        module.DEFAULT_RNG,
+        module.PHILOX,
+        module.NEW,
+        module.KEYED,
+    }
+    assert found[module.ORDER] == found[module.WHOLE] == {module.RANDPERM, module.PERMUTATION}
+    assert {row["setting"] for row in part["rows"]} == {"default", "fixed heap"}
+
+
+def a_case_of_loaders(op):
+    return next(case for case in safe_generators.quick("cpu") if case.op == op)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda batches: batches[1:],
+        lambda batches: [batches[0], *batches[:-1]],
+        lambda batches: [batches[0], *batches],
+    ],
+    ids=["lost", "lost and doubled", "doubled"],
+)
+def test_the_gate_of_loaders_refuses_samples_that_are_lost_or_doubled(wrong, monkeypatch):
+    module = safe_generators
+
+    class Wrong(module.SafeLoader):
+        def __iter__(self):
+            return iter(wrong(list(super().__iter__())))
+
+    monkeypatch.setattr(module, "SafeLoader", Wrong)
+    case = a_case_of_loaders(module.EPOCH)
+    _, refused = harness.gate(case, case.contenders(case, "cpu"))
+    assert refused.keys() == {module.OURS, module.GLOBAL}
+
+
+def test_the_gate_of_generators_refuses_the_stream_of_another_sample(monkeypatch):
+    module = safe_generators
+    right = module.sample_generator
+    monkeypatch.setattr(module, "sample_generator", lambda s, e, i: right(s, e, i + 1))
+    case = a_case_of_loaders(module.GENERATOR)
+    _, refused = harness.gate(case, case.contenders(case, "cpu"))
+    assert refused.keys() == {module.NEW}
+
+
+def test_the_gate_of_orders_refuses_an_index_that_is_doubled_or_out_of_range(monkeypatch):
+    module = safe_generators
+    case = a_case_of_loaders(module.ORDER)
+    (length,) = case.shape
+    for wrong in (np.zeros(length, dtype=np.int8), np.arange(1, 65) + length):
+        monkeypatch.setattr(module, "epoch_order", lambda *_, wrong=wrong: wrong)
+        _, refused = harness.gate(case, case.contenders(case, "cpu"))
+        assert refused.keys() == {module.PERMUTATION}
+
+
+def test_the_goals_of_loaders_read_the_clock_on_the_wall_where_there_are_workers():
+    module = safe_generators
+
+    def row(work, workers, shape, **clocks):
+        names = {"ours": module.OURS, "plain": module.PLAIN}
+        contenders = {
+            names[name]: {
+                clock: {"ratio": {"median": ratio}, "microseconds": microseconds}
+                for clock, (ratio, microseconds) in of.items()
+            }
+            for name, of in clocks.items()
+        }
+        mode = f"{work}, {workers} workers"
+        return {"op": module.EPOCH, "mode": mode, "shape": [shape], "contenders": contenders}
+
+    plain = {"cpu": (1.0, 100.0), "wall": (1.0, 100.0)}
+    rows = [
+        row(module.WORK, 0, 10, plain=plain, ours={"cpu": (0.97, 1.0), "wall": (0.1, 1.0)}),
+        row(module.WORK, 2, 10, plain=plain, ours={"cpu": (0.1, 1.0), "wall": (0.94, 1.0)}),
+        row(module.NOTHING, 0, 10, plain=plain, ours={"cpu": (0.9, 140.0), "wall": (0.1, 900.0)}),
+        row(module.NOTHING, 2, 100, plain=plain, ours={"cpu": (0.9, 900.0), "wall": (0.1, 400.0)}),
+        {
+            "op": module.GENERATOR,
+            "shape": [100],
+            "contenders": {module.KEYED: {"cpu": {"microseconds": 250.0}}},
+        },
+    ]
+    entries = [goal.entry(rows) for goal in module.goals("cpu")]
+    assert [entry["reached"] for entry in entries] == [0.94, 4.0, 2.5]
+    assert [entry["met"] for entry in entries] == [False, True, True]
+    assert [goal.entry([])["met"] for goal in module.goals("cpu")] == [None] * 3
+
+
+def test_a_loader_library_that_is_not_there_is_named_and_left_out(monkeypatch):
+    module, find = safe_generators, importlib.util.find_spec
+    monkeypatch.setattr(
+        module.importlib.util, "find_spec", lambda name: None if name == "torchdata" else find(name)
+    )
+    assert module.missing("cpu") == {module.STATEFUL: "torchdata is not installed"}
+    case = a_case_of_loaders(module.EPOCH)
+    assert module.STATEFUL not in case.contenders(case, "cpu")
