@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoTokenizer,
@@ -33,6 +35,7 @@ from transformers import (
 import cln_tutorial.intermediate_variables.attention as module
 from cln_tutorial.intermediate_variables.attention import (
     AttentionCall,
+    AttentionRecord,
     attention_weights,
     record_attention,
 )
@@ -216,9 +219,10 @@ def test_any_number_of_leading_dimensions_is_kept(shape):
 
 
 @pytest.mark.parametrize("how", [{}, {"is_causal": True}, {"attn_mask": torch.ones(3, 0) > 0}])
-def test_no_keys_give_empty_weights(how):
+@pytest.mark.parametrize("check", [True, False])
+def test_no_keys_give_empty_weights(how, check):
     q, k, v = qkv(keys=0)
-    (weights,) = attention_weights(Attend(), q, k, v, **how).values()
+    (weights,) = attention_weights(Attend(), q, k, v, **how, check=check).values()
     assert weights.shape == (2, 4, 3, 0)
 
 
@@ -567,6 +571,15 @@ def test_a_trained_bert_is_equal_in_float64_and_checks_itself_in_all_types():
         assert largest(weights - eager) < 1e-13  # scores below 64 are rounded at 4e-15
 
 
+def test_scores_are_scaled_after_the_product_as_in_the_eager_twin():
+    model = BertModel.from_pretrained(MINILM).eval()
+    inputs = {"input_ids": torch.randint(999, 9999, (3, 20))}
+    ours = attention_weights(model, **inputs)["encoder.layer.0.attention.self"]
+    # what the first layer gets is the same. One rounding of a weight is 6e-8; scores of 20 are
+    # rounded at 1e-6, so that another order would be seen
+    assert largest(ours - eager_attention(model, **inputs)[0]) < 1.2e-7
+
+
 def test_an_exported_program_is_seen():
     q, k, v = qkv()
     program = torch.export.export(Attend(), (q, k, v), {"is_causal": True}).module()
@@ -630,6 +643,16 @@ def test_the_mean_over_heads_is_asked_for():
     assert largest(mean - layer.attention(x, x, x)[1]) < 1e-7
 
 
+@pytest.mark.parametrize("shape", [(5, 8), (4, 5, 8)])
+def test_no_mean_is_taken_over_an_axis_that_may_be_the_batch(shape):
+    x = torch.randn(shape)
+    message = rf"the queries of '' have no axis of heads; got \({shape[0]}, "
+    with pytest.raises(ValueError, match=message):
+        attention_weights(Attend(), x, x, x, reduce="mean")
+    x = torch.randn(2, 3, 4, 5, 8)
+    assert attention_weights(Attend(), x, x, x, reduce="mean")[""].shape == (2, 3, 5, 5)
+
+
 def test_the_record_keeps_the_arguments_as_they_were():
     q, k, v = qkv(key_heads=2)
     mask = torch.ones(3, 5, dtype=torch.bool).tril(2)
@@ -678,6 +701,28 @@ def test_an_unknown_entry_is_named_with_the_closest_ones(ask):
         model(torch.randn(2, 5, 16))
     with pytest.raises(KeyError, match=r"no attention was seen in 'nothing'.*'attention'"):
         ask(record)
+
+
+def test_a_name_without_its_number_is_told_how_to_write_it():
+    with record_attention(model := Layer()) as record:
+        model(torch.randn(2, 5, 16))
+        assert record["attention"] is record.calls()[0]
+        model(torch.randn(2, 5, 16))
+    message = r"'attention' has 2 calls: write 'attention#1', or `\.calls\('attention'\)`"
+    with pytest.raises(KeyError, match=message):
+        record["attention"]
+    assert list(record.values()) == record.calls("attention")
+
+
+def test_a_long_record_is_read_in_time_proportional_to_its_length():
+    q = torch.randn(1, 1, 1, 1)
+    record = AttentionRecord()
+    record._calls.extend(AttentionCall("layer", q, q, q) for _ in range(3000))
+    start = time.process_time()
+    assert (
+        len(dict(record)) == len(list(record.items())) == len([record[n] for n in record]) == 3000
+    )
+    assert time.process_time() - start < 1  # 0.02 s; quadratic: three times 3000 lists of 1 ms
 
 
 def test_calls_of_other_models_do_not_count():
@@ -807,6 +852,15 @@ def test_an_eager_model_is_told_what_to_write_instead(make):
         attention_weights(model, torch.randint(1, 99, (2, 5)))
 
 
+def test_a_forward_that_is_called_directly_is_not_seen_and_the_error_says_so():
+    model = Attend()
+    with (
+        pytest.raises(RuntimeError, match=r"its forward\(\) was called directly"),
+        record_attention(model),
+    ):
+        model.forward(*qkv())
+
+
 def test_a_context_without_a_call_is_an_error():
     with pytest.raises(RuntimeError, match=r"not called inside"), record_attention(Layer()):
         pass
@@ -838,17 +892,70 @@ def test_nested_tensors_are_refused_with_a_way_out(kind):
 # --- check ----------------------------------------------------------------------------------------
 
 
+WRONG = (
+    lambda weights: weights.flip(1),  # of another head
+    lambda weights: weights.mean(1, keepdim=True).expand_as(weights),
+    torch.zeros_like,
+)
+
+
+@pytest.mark.parametrize("length", [5, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
-@pytest.mark.parametrize("wrong", [lambda a: a.flip(1), lambda a: a.mean(1, keepdim=True) + 0 * a])
-def test_check_finds_wrong_weights(wrong, dtype, monkeypatch):
-    right, arguments = module._weights, qkv(dtype=dtype)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_check_finds_wrong_weights_in_all_types(wrong, dtype, length, monkeypatch):
+    right, arguments = module._weights, qkv(length, length, dtype=dtype)
     attention_weights(Attend(), *arguments, check=True)
     monkeypatch.setattr(module, "_weights", lambda call, dtype: wrong(right(call, dtype)))
     attention_weights(Attend(), *arguments)
-    if dtype == torch.bfloat16:  # scores of 30 have no digit behind the point
-        return
     with pytest.raises(RuntimeError, match=r"`check`: the weights of ''.*differ"):
         attention_weights(Attend(), *arguments, check=True)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_check_finds_a_causal_mask_that_is_not_there_in_half_types(dtype):
+    q, k, v = qkv(128, 128, dtype=dtype)
+
+    class Hidden(nn.Module):
+        def forward(self, q, k, v):
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    attention_weights(Hidden(), q, k, v, check=True)
+    causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    with pytest.raises(RuntimeError, match=r"differ by"):
+        module._require_agreement(AttentionCall("", q, k, v, scale=8**-0.5), causal)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_check_says_that_it_cannot_tell_where_scores_are_rounded_to_a_half_type(dtype):
+    q, k, v = (each.to(dtype) for each in qkv(128, 128))
+    scores = (4 * q).float() @ k.float().mT
+    call = AttentionCall("", 4 * q, k, v, scale=1.0)
+    module._require_agreement(call, (scores.softmax(-1) @ v.float()).to(dtype))
+    rounded = (scores.to(dtype).float().softmax(-1) @ v.float()).to(dtype)
+    with pytest.raises(RuntimeError, match=rf"rounded to {dtype}.*cannot tell.*float32"):
+        module._require_agreement(call, rounded)
+
+
+class NoDoubles(TorchDispatchMode):
+    """Refuses float64, as the devices do that lack it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        assert getattr(output, "dtype", None) != torch.float64
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_check_works_where_there_is_no_float64(dtype, monkeypatch):
+    assert module._widest(torch.device("mps")) == torch.float32
+    assert module._widest(torch.device("cpu")) == torch.float64
+    monkeypatch.setattr(module, "_widest", lambda device: torch.float32)
+    (q, k, v), bias = qkv(128, 128, dtype=dtype), torch.randn(128, 128, dtype=dtype)
+    with NoDoubles():
+        attention_weights(Attend(), q, k, v, attn_mask=bias, check=True)
+        with pytest.raises(AssertionError):
+            attention_weights(Attend(), q, k, v, dtype=torch.float64)
 
 
 def test_check_does_not_take_nan_for_agreement():

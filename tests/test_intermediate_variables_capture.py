@@ -15,6 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._C import _current_graph_task_id as graph_task
+from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level
 from torch.utils.checkpoint import checkpoint
 
 from cln_tutorial.intermediate_variables.capture import Captured, capture
@@ -191,6 +193,37 @@ def tensors_of(value):
     return []
 
 
+def test_a_packed_sequence_is_copied_with_its_gradient_and_counted():
+    rows = [torch.ones(3, 2, requires_grad=True), torch.ones(2, 2)]
+    model = Structured(lambda rows: nn.utils.rnn.pack_sequence(rows))
+    with capture(model, grads=True) as captured:
+        packed = model(rows)
+    packed.data.sum().backward()
+    packed.data.detach().zero_()
+    assert type(captured[""]) is nn.utils.rnn.PackedSequence
+    assert captured[""].data.equal(torch.ones(5, 2))
+    assert captured[""].batch_sizes.tolist() == [2, 2, 1]
+    assert captured.grad("").data.equal(torch.ones(5, 2))
+    assert captured.nbytes == 2 * 4 * 10 + 8 * 3
+
+
+SPARSE = {  # three entries of 4 bytes, their 8-byte indices, and the pointers of compressed ones
+    "to_sparse_coo": 12 + 2 * 24,
+    "to_sparse_csr": 12 + 24 + 8 * 4,
+    "to_sparse_csc": 12 + 24 + 8 * 4,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse C")
+@pytest.mark.parametrize("make", SPARSE)
+def test_sparse_values_are_kept_and_counted(make):
+    model = Structured(lambda x: getattr(x, make)())
+    with capture(model, max_bytes=SPARSE[make]) as captured:
+        model(torch.eye(3))
+    assert captured[""].to_dense().equal(torch.eye(3))
+    assert captured.nbytes == SPARSE[make]
+
+
 # --- calls ----------------------------------------------------------------------------------------
 
 
@@ -275,6 +308,25 @@ def test_a_module_that_calls_itself_keeps_each_input_beside_its_output():
     assert found == [(0, 0), (1, 1), (2, 3), (3, 6)]  # in the order in which they end
 
 
+def test_a_failure_inside_a_call_of_the_same_module_leaves_that_call_its_inputs():
+    class Retry(nn.Module):
+        def forward(self, x):
+            if x < 0:
+                raise ArithmeticError
+            try:
+                self(x - 2)
+            except ArithmeticError:
+                return x + 10
+            return x
+
+    with capture(model := Retry(), inputs=True) as captured:
+        model(torch.tensor(1.0))
+        (slot,) = captured._slots.values()
+        assert slot.pending == []
+    assert captured[""]["args"][0] == 1
+    assert captured[""]["output"] == 11
+
+
 def test_clear_forgets_and_the_capture_goes_on():
     model = network()
     with capture(model, grads=True) as captured:
@@ -345,6 +397,28 @@ def test_a_loop_without_end_is_stopped_by_the_limit_with_the_sum_so_far():
     with pytest.raises(RuntimeError, match=message), capture(model, max_bytes=220) as captured:
         loop()
     assert (len(steps), captured.nbytes, hooks(model)) == (4, 216, 0)
+
+
+def test_the_limit_counts_what_will_be_kept_before_anything_is_copied():
+    class Watched(torch.Tensor):
+        copies = 0
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.copies += function in (torch.Tensor.clone, torch.Tensor.to)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    model, x = Structured(lambda x: x.as_subclass(Watched)), torch.ones(100)
+    with capture(model, max_bytes=400):
+        model(x)
+    assert Watched.copies == 1
+    message = "next value of 400 exceeds"
+    with pytest.raises(RuntimeError, match=message), capture(model, max_bytes=399):
+        model(x)
+    assert Watched.copies == 1
+    with capture(model := network(), "0", max_bytes=8, dtype=torch.bfloat16) as captured:
+        model(torch.ones(1, 3))
+    assert captured.nbytes == 8
 
 
 @pytest.mark.parametrize("forget", ["last", "clear"])
@@ -476,6 +550,39 @@ def test_a_gradient_is_not_changed_by_what_happens_to_the_parameter_later():
         model().sum().backward()
     model.bias.grad.mul_(100)
     assert captured.grad("").equal(torch.ones(3))
+
+
+@pytest.mark.parametrize("how", ["clear", "del"])
+def test_a_leaf_has_no_hook_once_its_gradient_is_nobodys(how):
+    model, weight = Structured(lambda x: x), torch.ones(3, requires_grad=True)
+    with capture(model, grads=True) as captured:
+        (2 * model(weight)).sum().backward()
+    del model.returned
+    assert len(weight._backward_hooks) == 1
+    assert captured.grad("").equal(torch.full((3,), 2.0))
+    if how == "clear":
+        captured.clear()
+    else:
+        del captured
+    gc.collect()
+    assert len(weight._backward_hooks) == 0
+
+
+def test_a_view_worked_on_in_place_has_no_gradient_and_the_error_says_why():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Flatten(0), nn.ReLU(inplace=True))
+    with capture(model, grads=True) as captured:
+        model(torch.ones(5, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="in place on this view"):
+        captured.grad("1")
+    assert captured.grad("2").equal(torch.ones(10))
+
+
+def test_reentrant_checkpointing_has_no_gradient_and_the_error_says_why():
+    model, x = nn.Sequential(nn.Linear(3, 2)), torch.ones(1, 3, requires_grad=True)
+    with capture(model, "0", grads=True) as captured:
+        checkpoint(model, x, use_reentrant=True).sum().backward()
+    with pytest.raises(RuntimeError, match="reentrant checkpointing"):
+        captured.grad("0")
 
 
 @pytest.mark.parametrize("detach", [True, False])
@@ -794,6 +901,19 @@ def test_values_of_a_functional_gradient_can_be_used_after_it():
     with capture(model, "3") as captured:
         torch.func.grad(loss)(weights)
     assert (captured["3"] + 0).equal(model(x))
+    assert not is_functorch_wrapped_tensor(captured["3"])
+
+
+def test_the_private_functions_of_torch_mean_what_is_asked_of_them():
+    x, seen = torch.ones(2, requires_grad=True), []
+    x.register_hook(lambda gradient: seen.append(graph_task()))
+    x.sum().backward()
+    assert graph_task() == -1
+    assert seen[0] >= 0
+    assert maybe_current_level() is None
+    levels = []
+    torch.func.grad(lambda x: levels.append(maybe_current_level()) or x.sum())(x.detach())
+    assert levels == [1]
 
 
 def test_vmap_is_refused_since_its_tensors_do_not_outlive_it():

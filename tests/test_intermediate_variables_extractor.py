@@ -209,6 +209,22 @@ def test_another_thread_that_only_runs_the_model_is_not_stopped():
     assert outputs[0].equal(expected)
 
 
+def test_an_extractor_inside_another_one_leaves_it_its_end():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.after = feature_extractor(network(), ["0", "4"]), Counted(2, 2)
+
+        def forward(self, x):
+            return self.after(self.inner(x)["4"])
+
+    outer, x = Outer(), torch.randn(5, 3)
+    found = feature_extractor(outer, "inner.model.0")(x)
+    assert found["inner.model.0"].equal(outer.inner.model[0](x))
+    assert calls(outer) == [2, 0, 0, 0, 0]  # the first once more, in the line above
+    assert hooks(outer) == 0
+
+
 def test_it_is_a_module_with_the_model_inside():
     model = network()
     features = feature_extractor(model, "h")

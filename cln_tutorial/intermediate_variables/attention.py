@@ -34,10 +34,11 @@ _FUSED = (
 )
 _CALL = nn.Module._call_impl.__code__
 _NOT_SEEN = (
-    "Causes: it was not called inside the context, or in another thread or process; it computes "
-    "attention from ordinary operations (transformers with "
-    '`attn_implementation="eager"`: ask the model for `output_attentions=True`) or with another '
-    "kernel (flex_attention, the packages flash-attn and xformers); it is scripted."
+    "Causes: it was not called inside the context, or in another thread or process; its forward() "
+    "was called directly, so that no module was seen to run; it computes attention from "
+    'ordinary operations (transformers with `attn_implementation="eager"`: ask the model for '
+    "`output_attentions=True`) or with another kernel (flex_attention, the packages flash-attn and "
+    "xformers); it is scripted."
 )
 _NESTED = (
     "attention of nested tensors has no weights of one shape. Give the model padded tensors and a "
@@ -64,15 +65,19 @@ def attention_weights(
     is computed a second time from the arguments. The weights are those before dropout, and 0 where
     a query may look at nothing. The model runs in its own mode (call ``eval()`` for what it does at
     test time), without gradients; its result is dropped (``record_attention`` lets you keep it).
+    Arguments of the model that are called ``names``, ``reduce``, ``dtype`` or ``check`` do not
+    reach it by name: use ``record_attention`` there.
 
     Args:
         model: any module, also a compiled one.
         *args: what the model takes.
         names: modules inside which attention is wanted, as in ``named_modules()``; all by default.
-        reduce: ``"mean"`` averages over the heads, ``(batch, queries, keys)``.
+        reduce: ``"mean"`` averages over the heads, ``(batch, queries, keys)``; only for queries of
+            four axes or more.
         dtype: of the weights; they are computed in this or the model's type, whichever is wider,
             and at least in float32.
-        check: compare each :math:`AV` with what the kernel returned.
+        check: compare each :math:`AV` with what the kernel returned. In half types, whose results
+            are rounded at 2 or 3 digits, only a larger difference is found.
         **kwargs: what the model takes by name.
 
     Returns:
@@ -85,8 +90,8 @@ def attention_weights(
             ``check`` finds a difference that is not rounding, or dropout, with which there is no
             telling.
         KeyError: for an unknown name, with the closest ones.
-        ValueError: for an unknown ``reduce``.
-        TypeError: for a ``dtype`` that is not floating.
+        ValueError: for an unknown ``reduce``, or if there is no axis of heads to average over.
+        TypeError: for a ``dtype`` that is not floating, or that the device lacks (float64 on MPS).
 
     Source:
         Su Jianlin, article 6575, section 1; Vaswani et al. 2017 (1706.03762), section 3.2.1.
@@ -105,6 +110,12 @@ def attention_weights(
     with torch.no_grad():
         with _recording(model, names, verify=_require_agreement if check else None) as record:
             model(*args, **kwargs)
+        for name, call in record.items():
+            if reduce == "mean" and call.q.ndim < 4:  # three axes may have heads or a batch
+                raise ValueError(
+                    f'`reduce="mean"`: the queries of {name!r} have no axis of heads; got '
+                    f"{tuple(call.q.shape)}. Leave it out, and average over the axis you mean."
+                )
         weights = {name: _weights(call, dtype) for name, call in record.items()}
         if reduce == "mean":
             weights = {name: each.mean(-3) for name, each in weights.items()}
@@ -117,17 +128,18 @@ def record_attention(
     """Keep queries, keys, values and masks of the attention in a model while the context is open.
 
     The model computes what it would compute anyway, bit for bit and with the same random numbers,
-    with one exception: the fast path of ``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` in
+    with two exceptions. The fast path of ``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` in
     evaluation is off meanwhile, and its results move by rounding. Compiled parts (in the whole
-    process) run as they are written. Only calls from the thread that opened the context count, and
-    a recomputation by activation checkpointing is no call.
+    process) run as they are written: their results move by rounding too, and where they drop out,
+    they draw other random numbers. Only calls from the thread that opened the context count, and a
+    recomputation by activation checkpointing is no call.
 
     Args:
         model: any module, also a compiled one.
         names: modules inside which attention is wanted, as in ``named_modules()``; all by default.
 
     Returns:
-        The context manager; it yields the record, which can be used inside and behind it.
+        The context manager; it yields the record, which can be used inside and after it.
 
     Raises:
         KeyError: for an unknown name, with the closest ones.
@@ -225,7 +237,8 @@ class AttentionRecord(Mapping[str, AttentionCall]):
     """
 
     def __init__(self) -> None:
-        self._calls: list[AttentionCall] = []
+        self._calls: list[AttentionCall] = []  # only ever grows
+        self._named: dict[str, AttentionCall] = {}  # as of the last time that somebody asked
 
     def calls(self, name: str | None = None) -> list[AttentionCall]:
         """All calls, or those of one module, in their order.
@@ -266,6 +279,8 @@ class AttentionRecord(Mapping[str, AttentionCall]):
         return f"AttentionRecord({number} call{'s' * (number != 1)}, {self.nbytes:,} bytes)"
 
     def _entries(self) -> dict[str, AttentionCall]:
+        if len(self._named) == len(self._calls):
+            return self._named
         times = Counter(call.name for call in self._calls)
         seen: Counter[str] = Counter()
         entries = {}
@@ -273,9 +288,13 @@ class AttentionRecord(Mapping[str, AttentionCall]):
             seen[call.name] += 1
             number = f"#{seen[call.name]}" if times[call.name] > 1 else ""
             entries[call.name + number] = call
+        self._named = entries
         return entries
 
     def _unknown(self, name: str) -> str:
+        times = sum(call.name == name for call in self._calls)
+        if times:
+            return f"{name!r} has {times} calls: write {name + '#1'!r}, or `.calls({name!r})`."
         return f"no attention was seen in {name!r}. Closest: {closest(name, self._entries())}."
 
 
@@ -451,7 +470,7 @@ def _weights(call: AttentionCall, dtype: torch.dtype) -> Tensor:
     wide = torch.float64 if torch.float64 in (q.dtype, dtype) else torch.float32
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        scores = (q.to(wide) * scale) @ k.to(wide).mT
+        scores = q.to(wide) @ k.to(wide).mT * scale  # in the order of transformers' eager models
         if call.is_causal:  # from the top left corner, also if there are more keys than queries
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         if mask is None:
@@ -477,26 +496,41 @@ def _require_agreement(call: AttentionCall, output: Tensor) -> None:
     """Refuse weights that, times the values, do not give what the kernel returned.
 
     A score is rounded by about eps times the product of the lengths of q and k (and eps times the
-    mask, where that is a number), and the result moves by that much times the largest value.
+    mask, where that is a number), and the result moves by that much times the largest value. Scores
+    of half types are rounded in float32, unless a backend does without; only weights and result are
+    rounded to the half type.
     """
     if call.dropout_p > 0:
         raise RuntimeError(
             f"`check`: {call.name!r} drops weights at random (p = {call.dropout_p}), so what it "
             f"returns does not tell whether they are right. Call `model.eval()` first."
         )
+    if not call.k.shape[-2]:  # no weights
+        return
+    wide = _widest(output.device)
     with torch.autocast(output.device.type, enabled=False):
-        weights, v = _weights(call, torch.float64), _for_each_query_head(call.v, call.q).double()
-        error = (weights @ v - output.double()).abs().amax(-1)
-        k = _for_each_query_head(call.k, call.q).double()
+        weights, v = _weights(call, wide), _for_each_query_head(call.v, call.q).to(wide)
+        error = (weights @ v - output.to(wide)).abs().amax(-1)
+        k = _for_each_query_head(call.k, call.q).to(wide)
         longest = k.norm(dim=-1).amax(-1, keepdim=True)
-        reach = abs(call.scale) * call.q.double().norm(dim=-1) * longest
+        reach = abs(call.scale) * call.q.to(wide).norm(dim=-1) * longest
         if call.mask is not None and call.mask.dtype != torch.bool:
-            reach = reach + torch.where(weights > 0, call.mask.double().abs(), 0).amax(-1)
+            reach = reach + torch.where(weights > 0, call.mask.to(wide).abs(), 0).amax(-1)
         largest = v.abs().amax((-2, -1)).unsqueeze(-1)
-        allowed = torch.finfo(output.dtype).eps * (8 + 4 * reach) * largest
+        eps = torch.finfo(output.dtype).eps
+        fine = min(eps, torch.finfo(torch.float32).eps)
+        allowed, coarse = ((2 * eps + (8 + 4 * reach) * of) * largest for of in (fine, eps))
     if not (error <= allowed).all():  # NaN is no agreement
+        untold = (
+            f" Were its scores rounded to {output.dtype}, as some backends do, rounding would "
+            f"explain {coarse.max().item():.1e}: then `check` cannot tell. Check in float32."
+        )
         raise RuntimeError(
             f"`check`: the weights of {call.name!r} times its values differ by "
             f"{error.max().item():.1e} from what the kernel returned; rounding explains "
-            f"{allowed.max().item():.1e}."
+            f"{allowed.max().item():.1e}.{untold if (error <= coarse).all() and eps > fine else ''}"
         )
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which Metal does not have

@@ -6,22 +6,26 @@ Source: Su Jianlin, article 6575 (https://kexue.fm/archives/6575), 2019, section
 import contextlib
 import copy
 import dataclasses
-import difflib
-import fnmatch
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from threading import get_ident
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id as graph_task  # -1 outside of backward()
-from torch._C._functorch import is_batchedtensor, maybe_current_level
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_gradtrackingtensor,
+    maybe_current_level,
+)
 from torch.utils._pytree import tree_map
 
-from cln_tutorial.intermediate_variables.tap import Tap
+from cln_tutorial.intermediate_variables.selection import choose, closest, require_module
 
 NOT_RUN = (
     "Causes: the forward pass took another way; a parent uses its weights without calling it (as "
@@ -96,7 +100,7 @@ class Captured(Mapping[str, Any]):
         Returns:
             The gradient, in the structure of the value, with None where none arrived; if the
             module was called several times, the list of these. Several ``backward()`` add up, as
-            in ``Tensor.grad``.
+            in ``Tensor.grad``. A leaf (a parameter that passes a tap) gets what all its uses bring.
 
         Raises:
             KeyError: as in ``calls``.
@@ -122,8 +126,8 @@ class Captured(Mapping[str, Any]):
     def clear(self) -> None:
         """Forget all values and gradients; inside the context, later calls are kept again.
 
-        To keep the latest step of a loop, ``keep="last"`` is faster: memory passes from call to
-        call instead of back to the system and forth.
+        To keep the latest step of a loop, ``keep="last"`` is faster: the memory of one call serves
+        the next, and need not be returned to the system and asked for again.
         """
         self._cleared = True
         for slot in self._slots.values():
@@ -161,9 +165,18 @@ def capture(
     The values are copies, taken before the next operation can change them in place, and detached
     from the graph. Every call of a module is kept. Only calls from the thread that opened the
     context count, and a recomputation by activation checkpointing is no call. Compiled parts (in
-    the whole process) run as they are written meanwhile, with the same values, and are not
-    compiled anew afterwards. The model computes what it would compute anyway, and no hook is left
-    behind, whatever happens.
+    the whole process) run as they are written meanwhile, and are not
+    compiled anew afterwards. No hook is left on the model, whatever happens; with ``grads=True`` a
+    leaf that a module returned has a tensor hook until ``clear()`` or the end of the ``Captured``.
+
+    The model computes the same bits as without a capture, but for hooks on the modules inside an
+    ``nn.TransformerEncoder``, which then leaves its fast path, and for compiled parts, whose
+    rounding and random numbers are those of the model as it is written.
+
+    A copy of the model made inside the context keeps hooks that record nothing (a pickle of it
+    needs this package). Tensors inside other objects than lists, tuples, dictionaries and
+    dataclasses, such as the caches of a language model, are kept as they are: not copied (so that
+    later calls change them, also among ``inputs``), and not counted.
 
     Give one of ``names``, ``pattern`` and ``predicate``, or none for all modules without
     submodules. Names are those of ``named_modules()`` (without ``_orig_mod.`` of compiled ones),
@@ -175,8 +188,8 @@ def capture(
         pattern: glob (``"layers.*.mlp"``) or compiled regular expression for the whole name.
         predicate: ``predicate(name, module)`` says whether to record it.
         taps: False leaves all ``Tap`` modules out.
-        inputs: keep dictionaries with the keys ``"args"``, ``"kwargs"`` (as they were before the
-            call) and ``"output"``.
+        inputs: keep dictionaries with the keys ``"args"``, ``"kwargs"`` (the tensors as
+            they were before the call) and ``"output"``.
         grads: keep what ``backward()`` brings, for ``Captured.grad``.
         clone: False keeps the tensors themselves: less memory and time, and the values of an
             operation in place that follows.
@@ -184,7 +197,8 @@ def capture(
         device: where to keep the tensors; their own by default.
         dtype: what to keep floating tensors in; their own by default.
         keep: all calls of each module, the last, or the first.
-        max_bytes: limit for the values kept (gradients not counted).
+        max_bytes: limit for the values kept (gradients not counted); an output that exceeds it is
+            not copied first.
 
     Yields:
         The values, during the context and after it.
@@ -218,7 +232,7 @@ def capture(
     device = None if device is None else torch.device(device)
     chosen = choose(model, names, pattern, predicate, taps)
     copied = copier(clone, detach, device, dtype)
-    budget = None if max_bytes is None else _Budget(max_bytes)
+    budget = None if max_bytes is None else _Budget(max_bytes, dtype)
     slots = {
         name: Slot(get_ident(), copied, keep, inputs, grads, budget) for name in chosen.modules
     }
@@ -272,17 +286,24 @@ class Slot:
         else:
             self.store(output)
 
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The end of a call, also of one that raised: its inputs are not those of another."""
+        if get_ident() == self.owner and graph_task() < 0 and self.pending:
+            self.pending.pop()
+
     def store(self, output: Any) -> None:
-        before = self.pending.pop() if self.inputs else None  # also of a call that is not kept
         if self.keep == "first" and self.calls:
             return
-        value = self.copied(output)
-        value = value if before is None else {**before, "output": value}
-        if self.keep == "last":  # freed before the copy, its memory would go back to the system
-            self.clear()
+        before = self.pending[-1] if self.inputs else None
+        replaced = self.calls if self.keep == "last" else []
         if self.budget is not None:
-            self.budget.spend(_nbytes_of(value))
-        self.calls.append(value)
+            needed = _nbytes_of([before, output], self.budget.dtype)
+            self.budget.spend(needed, _nbytes_of(replaced))
+        value = self.copied(output)
+        if self.keep == "last":  # after the copy: the allocator gives memory freed before it away
+            self.calls.clear()
+            self.gradients.clear()
+        self.calls.append(value if before is None else {**before, "output": value})
         if self.grads:
             self.gradients.append(_map_leaves(lambda leaf: _gradient_of(leaf, self.copied), output))
         if self.then is not None:
@@ -294,7 +315,7 @@ class Slot:
 
     def clear(self) -> None:
         if self.budget is not None:
-            self.budget.spend(-_nbytes_of(self.calls))
+            self.budget.spend(0, _nbytes_of(self.calls))
         self.calls.clear()
         self.gradients.clear()
 
@@ -302,17 +323,17 @@ class Slot:
 class _Budget:
     """The bytes that all slots of a capture share."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.spent = limit, 0
+    def __init__(self, limit: int, dtype: torch.dtype | None) -> None:
+        self.limit, self.dtype, self.spent = limit, dtype, 0
 
-    def spend(self, nbytes: int) -> None:
-        if self.spent + nbytes > self.limit:
+    def spend(self, nbytes: int, freed: int) -> None:
+        if self.spent - freed + nbytes > self.limit:
             raise RuntimeError(
                 f"the capture holds {self.spent:,} bytes, and the next value of {nbytes:,} exceeds "
                 f'`max_bytes` = {self.limit:,}. Name fewer modules, set `keep="last"`, or call '
                 f"`clear()` between steps."
             )
-        self.spent += nbytes
+        self.spent += nbytes - freed
 
 
 class _Gradient:
@@ -321,6 +342,14 @@ class _Gradient:
     def __init__(self, copied: Callable[[Any], Any], cause: str) -> None:
         self.copied, self.cause = copied, cause
         self.value: Tensor | None = None
+
+    def await_from(self, tensor: Tensor) -> None:
+        if not tensor.is_leaf:  # the hook goes with the graph
+            tensor.register_hook(self.receive)
+            return
+        here = weakref.ref(self)
+        hook = tensor.register_hook(lambda gradient: (me := here()) and me.receive(gradient))
+        weakref.finalize(self, hook.remove)
 
     def receive(self, gradient: Tensor) -> None:
         gradient = self.copied(gradient)
@@ -331,13 +360,20 @@ def _gradient_of(output: Any, copied: Callable[[Any], Any]) -> _Gradient | None:
     if not isinstance(output, Tensor):
         return None
     if output.requires_grad:
-        gradient = _Gradient(copied, "backward() was not called, or its loss does not depend on it")
-        output.register_hook(gradient.receive)
+        cause = "backward() was not called, or its loss does not depend on it"
+        if output._is_view():
+            cause += ", or an operation in place on this view made autograd replace its history"
+        gradient = _Gradient(copied, cause)
+        gradient.await_from(output)
         return gradient
     if torch.is_inference_mode_enabled():
         return _Gradient(copied, "it was computed under torch.inference_mode()")
     if not torch.is_grad_enabled():
-        return _Gradient(copied, "it was computed under torch.no_grad()")
+        return _Gradient(
+            copied,
+            "it was computed under torch.no_grad() (as reentrant checkpointing does: set "
+            "use_reentrant=False)",
+        )
     return _Gradient(copied, "nothing that it was computed from requires a gradient")
 
 
@@ -356,7 +392,8 @@ def copier(
     """A function that makes of a tensor, or of each in a structure, what is to be kept."""
 
     def kept(tensor: Tensor) -> Tensor:
-        if maybe_current_level() is not None and is_batchedtensor(tensor):
+        transformed = maybe_current_level() is not None
+        if transformed and is_batchedtensor(_unwrapped(tensor)):
             raise RuntimeError(
                 "a module was called inside torch.vmap, whose tensors do not outlive it: capture "
                 "the call without vmap."
@@ -365,8 +402,10 @@ def copier(
             tensor = tensor.detach()
         if device is not None or dtype is not None:
             wanted = dtype if tensor.is_floating_point() else None
-            return tensor.to(device=device, dtype=wanted, copy=clone)
-        return tensor.clone() if clone else tensor
+            tensor = tensor.to(device=device, dtype=wanted, copy=clone)
+        elif clone:
+            tensor = tensor.clone()
+        return _unwrapped(tensor) if transformed and detach else tensor
 
     def copied(value: Any) -> Any:
         if type(value) is Tensor:
@@ -376,10 +415,19 @@ def copier(
     return copied
 
 
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor inside the wrappers of torch.func.grad, which are dead after it."""
+    while is_gradtrackingtensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
+
+
 def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     """A value with the function applied inside its containers, dataclasses included."""
 
     def leaf(value: Any) -> Any:
+        if named(value):
+            return value._make(_map_leaves(function, each) for each in value)
         if not dataclasses.is_dataclass(value) or isinstance(value, type):
             return function(value)
         value = copy.copy(value)
@@ -388,13 +436,33 @@ def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
             object.__setattr__(value, field.name, mapped)
         return value
 
-    return tree_map(leaf, value)
+    def named(value: Any) -> bool:  # a PackedSequence checks its parts where it is made by call
+        return isinstance(value, tuple) and hasattr(value, "_make")
+
+    return tree_map(leaf, value, is_leaf=named)
 
 
-def _nbytes_of(value: Any) -> int:
-    found: list[int] = []
-    _map_leaves(lambda leaf: isinstance(leaf, Tensor) and found.append(leaf.nbytes), value)
-    return sum(found)
+_PARTS = {
+    torch.sparse_coo: ["_indices", "_values"],
+    torch.sparse_csr: ["crow_indices", "col_indices", "values"],
+    torch.sparse_bsr: ["crow_indices", "col_indices", "values"],
+    torch.sparse_csc: ["ccol_indices", "row_indices", "values"],
+    torch.sparse_bsc: ["ccol_indices", "row_indices", "values"],
+}
+
+
+def _nbytes_of(value: Any, dtype: torch.dtype | None = None) -> int:
+    """Bytes of all tensors in a structure; floating ones as if they had the dtype."""
+    tensors: list[Tensor] = []
+
+    def add(leaf: Any) -> None:
+        if isinstance(leaf, Tensor):
+            parts = _PARTS.get(leaf.layout)
+            tensors.extend([getattr(leaf, part)() for part in parts] if parts else [leaf])
+
+    _map_leaves(add, value)
+    kinds = [(dtype if dtype and each.is_floating_point() else each.dtype) for each in tensors]
+    return sum(each.numel() * kind.itemsize for each, kind in zip(tensors, kinds, strict=True))
 
 
 @contextlib.contextmanager
@@ -407,6 +475,8 @@ def listening(slots: list[tuple[nn.Module, Slot]]) -> Iterator[None]:
                 if slot.inputs:
                     handles.append(module.register_forward_pre_hook(slot.before, with_kwargs=True))
                 handles.append(module.register_forward_hook(slot.after))
+                if slot.inputs:
+                    handles.append(module.register_forward_hook(slot.leave, always_call=True))
             yield
         finally:
             for handle in handles:
@@ -444,110 +514,3 @@ def uncompiled() -> Iterator[None]:
             stance = _stances.pop()
             if not _stances:
                 stance.__exit__(None, None, None)
-
-
-class Chosen(NamedTuple):
-    modules: dict[str, nn.Module]  # by the name of their entry
-    entries: dict[str, str]  # the name of the entry, by each name that the module answers to
-
-
-def choose(
-    model: nn.Module,
-    names: str | Iterable[str] | None = None,
-    pattern: str | re.Pattern[str] | None = None,
-    predicate: Callable[[str, nn.Module], bool] | None = None,
-    taps: bool = True,
-) -> Chosen:
-    """The modules that are meant, each once, and all that they are called."""
-    ways = {"names": names, "pattern": pattern, "predicate": predicate}
-    given = [way for way, value in ways.items() if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"give one of `names`, `pattern` and `predicate`; got {', '.join(given)}.")
-    known, shared = _names_of_modules(model, taps)
-    if names is not None:
-        owners = {name: module for module, called in known.items() for name in called}
-        wanted: dict[nn.Module, str] = {}
-        for name in [names] if isinstance(names, str) else names:
-            if not isinstance(name, str):
-                raise TypeError(f"`names` must be strings; got {type(name).__name__}.")
-            wanted.setdefault(_owner_of(name, owners, shared), name)
-    elif pattern is not None or predicate is not None:
-        fits = _matcher(pattern, predicate)
-        wanted = {m: n for m, called in known.items() for n in reversed(called) if fits(n, m)}
-    else:
-        wanted = {module: called[0] for module, called in known.items() if not module._modules}
-    if not wanted:
-        raise ValueError(f"{', '.join(given)}: no module of {type(model).__name__} is selected.")
-
-    modules: dict[str, nn.Module] = {}
-    entries: dict[str, str] = {}
-    for module, asked in wanted.items():
-        called = known[module]
-        entry = module.name if isinstance(module, Tap) and module.name in called else asked
-        modules[entry] = module
-        for name in called:
-            entries[name] = entry
-    return Chosen(modules, entries)
-
-
-def _names_of_modules(
-    model: nn.Module, taps: bool
-) -> tuple[dict[nn.Module, list[str]], dict[str, list[str]]]:
-    """All names of each module; and the places of the taps whose own name does not tell which.
-
-    Of a compiled module and the module inside, only the one inside runs in eager mode.
-    """
-    known: dict[nn.Module, list[str]] = {}
-    own: dict[str, dict[nn.Module, str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if "_orig_mod" in module._modules:
-            continue
-        if "_orig_mod" in name:
-            name = ".".join(part for part in name.split(".") if part != "_orig_mod")
-        if isinstance(module, Tap):
-            if not taps:
-                continue
-            if module.name is not None:
-                own.setdefault(module.name, {})[module] = name
-        known.setdefault(module, []).append(name)
-    places = {name for called in known.values() for name in called} if own else set()
-    for name in own.keys() - places:
-        if len(own[name]) == 1:
-            known[next(iter(own[name]))].append(name)
-    shared = {name: list(of.values()) for name, of in own.items() if len(of) > 1}
-    return known, shared
-
-
-def _owner_of(name: str, owners: dict[str, nn.Module], shared: dict[str, list[str]]) -> nn.Module:
-    if name in owners:
-        return owners[name]
-    if name in shared:
-        raise ValueError(
-            f"`names`: several taps are called {name!r}. Name their places: "
-            f"{', '.join(shared[name])}."
-        )
-    raise KeyError(f"no module is called {name!r}. Closest: {closest(name, owners)}.")
-
-
-def _matcher(
-    pattern: str | re.Pattern[str] | None, predicate: Callable[[str, nn.Module], bool] | None
-) -> Callable[[str, nn.Module], bool]:
-    if isinstance(pattern, str):
-        return lambda name, module: fnmatch.fnmatchcase(name, pattern)
-    if isinstance(pattern, re.Pattern):
-        return lambda name, module: pattern.fullmatch(name) is not None
-    if pattern is not None:
-        raise TypeError(f"`pattern` must be a glob or a compiled regular expression: {pattern!r}.")
-    if not callable(predicate):
-        raise TypeError(f"`predicate` must be a function of name and module; got {predicate!r}.")
-    return predicate
-
-
-def closest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.0)
-    return ", ".join(map(repr, near)) or "there is none"
-
-
-def require_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")

@@ -1,6 +1,5 @@
 """A model that returns what happens inside another one: the ``K.function`` of article 6575."""
 
-import contextlib
 from collections.abc import Iterable
 from threading import get_ident
 from typing import Any
@@ -10,11 +9,10 @@ from torch import nn
 from cln_tutorial.intermediate_variables.capture import (
     NOT_RUN,
     Slot,
-    choose,
     copier,
     listening,
-    require_module,
 )
+from cln_tutorial.intermediate_variables.selection import choose, require_module
 
 
 def feature_extractor(model: nn.Module, names: str | Iterable[str]) -> nn.Module:
@@ -75,17 +73,21 @@ class _FeatureExtractor(nn.Module):
         Returns:
             The output of each named module.
         """
-        chosen, slots = choose(self.model, self.names), {}
+        chosen, slots, enough = choose(self.model, self.names), {}, _Enough()
 
         def stop() -> None:
             if all(slot.calls for slot in slots.values()):
-                raise _Enough
+                raise enough
 
         kept, owner = copier(detach=False), get_ident()
         slots |= {name: Slot(owner, kept, "first", then=stop) for name in chosen.modules}
         pairs = [(module, slots[name]) for name, module in chosen.modules.items()]
-        with listening(pairs), contextlib.suppress(_Enough):
-            self.model(*args, **kwargs)
+        with listening(pairs):
+            try:
+                self.model(*args, **kwargs)
+            except _Enough as signal:
+                if signal is not enough:  # of an extractor around this one
+                    raise
         found = {name: slots[chosen.entries[name]].calls for name in self.names}
         if missing := [name for name, calls in found.items() if not calls]:
             raise RuntimeError(f"the model returned, and did not run {missing}. {NOT_RUN}")
