@@ -4,6 +4,7 @@ It stands at the root because it must hold for the notebooks too.
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+import torch
 
 ROOT = Path(__file__).parent
 # Looking for doctests would import them; there is Triton on Linux only.
@@ -32,6 +34,27 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def as_experiments_run():
+    """A job sets the threads and the algorithms of its process: the suite has its own back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def record(request, tmp_path_factory):
+    """What a quick run of `experiment`, as the test file calls it, leaves behind."""
+    from experiments import harness
+
+    folder = tmp_path_factory.mktemp("quick")
+    places = ["--output", str(folder / "record.json"), "--state", str(folder / "state")]
+    run = ["--quick", "--workers", "1", "--quiet", *places]
+    harness.main(request.module.experiment.EXPERIMENT, run)
+    return json.loads((folder / "record.json").read_text())
 
 
 @pytest.fixture(scope="session")

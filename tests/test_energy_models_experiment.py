@@ -1,6 +1,5 @@
 """The experiment of the chapter: what it holds back, what it resumes, and the rulers it uses."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -19,23 +18,9 @@ from cln_tutorial.energy_models.model import EnergyModel
 from experiments import energy_models as experiment
 from experiments import harness
 
+pytestmark = pytest.mark.usefixtures("as_experiments_run")
+
 QUICK = experiment.QUICK
-
-
-@pytest.fixture(autouse=True)
-def as_experiments_run():
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def record(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quick")
-    places = ["--output", str(folder / "record.json"), "--state", str(folder / "state")]
-    harness.main(experiment.EXPERIMENT, ["--quick", "--workers", "1", "--quiet", *places])
-    return json.loads((folder / "record.json").read_text())
 
 
 def a_task(variant=experiment.BASELINES, settings=QUICK, folder=Path()):
@@ -53,15 +38,6 @@ def test_a_quick_run_has_every_figure_and_a_sheet_for_each_length(record):
         sheets = record["texts"][f"sheets of {row}"]
         assert [len(each) for each in sheets] == [20 * 64] * len(QUICK.lengths)
     assert set(record["texts"]) == set(experiment.EXPERIMENT.texts)
-
-
-def test_the_figures_of_a_full_run_are_named_as_tables_are():
-    units = experiment.units(experiment.Settings())
-    for name in units:
-        row, _, column = name.partition(".")
-        assert "." not in column, name
-        assert row.partition("-")[2], name
-    assert {claim["figure"] for claim in experiment.PUBLISHED} <= units.keys()
 
 
 def test_an_energy_without_a_finite_integral_has_no_likelihood():

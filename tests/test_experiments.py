@@ -25,12 +25,7 @@ FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["tests.test_experiments"])
 
 
-@pytest.fixture(autouse=True)
-def _same_torch_after_a_job():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("as_experiments_run")
 
 
 def places(folder):

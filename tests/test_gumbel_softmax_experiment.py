@@ -1,28 +1,16 @@
 """The experiment of the chapter: its figures, its ruler, and the article's schedule."""
 
-import json
-
 import pytest
 import torch
 
 from cln_tutorial.gumbel_softmax import CategoricalVAE, Exact, StraightThrough
 from experiments import gumbel_softmax as experiment
-from experiments import harness
+
+pytestmark = pytest.mark.usefixtures("as_experiments_run")
 
 
-@pytest.fixture(autouse=True)
-def as_experiments_run():
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-
-
-def test_a_quick_run_has_every_figure_and_each_bound_is_below_what_it_bounds(tmp_path):
-    path = tmp_path / "record.json"
-    places = ["--output", str(path), "--state", str(tmp_path / "state")]
-    harness.main(experiment.EXPERIMENT, ["--quick", "--workers", "1", "--quiet", *places])
-    figures = json.loads(path.read_text())["figures"]
+def test_a_quick_run_has_every_figure_and_each_bound_is_below_what_it_bounds(record):
+    figures = record["figures"]
     assert figures.keys() == experiment.units(experiment.QUICK).keys()
     for row in experiment.ESTIMATORS:
         columns = (

@@ -1,6 +1,5 @@
 """The experiment of the chapter: its rulers on attention and states that are known."""
 
-import json
 import math
 from pathlib import Path
 
@@ -12,23 +11,9 @@ from cln_tutorial import results
 from experiments import harness
 from experiments import intermediate_variables as experiment
 
+pytestmark = pytest.mark.usefixtures("as_experiments_run")
+
 QUICK = experiment.QUICK
-
-
-@pytest.fixture(autouse=True)
-def as_experiments_run():
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def record(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quick")
-    places = ["--output", str(folder / "record.json"), "--state", str(folder / "state")]
-    harness.main(experiment.EXPERIMENT, ["--quick", "--workers", "1", "--quiet", *places])
-    return json.loads((folder / "record.json").read_text())
 
 
 def a_job(variant, settings=QUICK, seed=0):
@@ -45,15 +30,6 @@ def batches_of(texts, size=4):
 
 def test_a_quick_run_has_every_figure(record):
     assert record["figures"].keys() == experiment.units(QUICK).keys()
-
-
-def test_the_figures_of_a_full_run_are_named_as_tables_are():
-    units = experiment.units(experiment.Settings())
-    for name in units:
-        row, _, column = name.partition(".")
-        assert "." not in column, name
-        assert row.partition("-")[2], name
-    assert {claim["figure"] for claim in experiment.PUBLISHED} <= units.keys()
 
 
 def test_no_published_figure_is_of_the_same_model_and_texts_and_all_say_where_they_were_read():

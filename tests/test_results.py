@@ -125,7 +125,9 @@ def write(folder, record, name="made.json"):
 def test_every_shipped_record_is_sound():
     assert results.names()
     for name in results.names():
-        assert results.load(name)["experiment"] == name
+        record = results.load(name)
+        assert record["experiment"] == name
+        assert all(figure.count(".") <= 1 for figure in record["figures"])
     for name in results.names("benchmark"):
         results.load(name, "benchmark")
 

@@ -9,21 +9,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from experiments import harness
 from experiments import safe_generators as experiment
 
-# The children come from a process that has imported all and done nothing.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-@pytest.fixture(autouse=True)
-def as_experiments_run():
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("as_experiments_run"),
+    # The children come from a process that has imported all and done nothing.
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
+]
 
 
 @pytest.fixture

@@ -415,7 +415,8 @@ def test_the_report_names_threads_and_says_which_are_daemons():
     assert {"prefetcher", "watcher (daemon)"} <= set(report.threads)
     assert threading.current_thread().name not in report.threads
     assert not report.safe
-    assert "fork: unsafe, use spawn or forkserver\n  other Python thread: pre" in str(report)
+    assert str(report).startswith("fork: unsafe, use spawn or forkserver\n  other Python thread: ")
+    assert "\n  other Python thread: prefetcher\n" in str(report)
 
 
 REENTRANT, CONDITION = threading.RLock(), threading.Condition()

@@ -1,6 +1,5 @@
 """The experiment of the chapter: all arms start alike, and none looks at held-out rows."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,25 +11,16 @@ from sklearn.metrics import f1_score
 from experiments import harness
 from experiments import smoothing as experiment
 
+pytestmark = pytest.mark.usefixtures("as_experiments_run")
+
 QUICK = experiment.QUICK
 RECIPE = QUICK.recipes["yeast"]
 SIDES = "fit", "validation", "held out"
 
 
-@pytest.fixture(autouse=True)
-def as_experiments_run():
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quick")
-    places = ["--output", str(folder / "record.json"), "--state", str(folder / "state")]
-    harness.main(experiment.EXPERIMENT, ["--quick", "--workers", "1", "--quiet", *places])
-    return json.loads((folder / "record.json").read_text())["figures"]
+def figures(record):
+    return record["figures"]
 
 
 def values(figures, name):
@@ -43,15 +33,6 @@ def a_job(variant, settings=QUICK):
 
 def test_a_quick_run_has_every_figure(figures):
     assert figures.keys() == experiment.units(QUICK).keys()
-
-
-def test_the_figures_of_a_full_run_are_named_as_tables_are():
-    for name in experiment.units(experiment.Settings()):
-        row, _, column = name.partition(".")
-        assert "." not in column, name
-        assert row.partition("-")[2], name
-    published = {claim["figure"] for claim in experiment.PUBLISHED}
-    assert published <= experiment.units(experiment.Settings()).keys()
 
 
 def test_gains_are_differences_from_the_control_of_the_same_seed(figures):

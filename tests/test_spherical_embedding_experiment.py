@@ -1,29 +1,15 @@
 """The experiment of the chapter: its figures and its scores."""
 
-import json
-
 import numpy as np
 import pytest
-import torch
 
-from experiments import harness
 from experiments import spherical_embedding as experiment
 
-
-@pytest.fixture(autouse=True)
-def as_experiments_run():
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("as_experiments_run")
 
 
 @pytest.mark.data
-def test_a_quick_run_has_every_figure_and_the_neighbours_of_the_queries(tmp_path):
-    path = tmp_path / "record.json"
-    places = ["--output", str(path), "--state", str(tmp_path / "state")]
-    harness.main(experiment.EXPERIMENT, ["--quick", "--workers", "1", "--quiet", *places])
-    record = json.loads(path.read_text())
+def test_a_quick_run_has_every_figure_and_the_neighbours_of_the_queries(record):
     assert record["figures"].keys() == experiment.units(experiment.QUICK).keys()
     asked = [line.split(":")[0] for line in record["texts"][experiment.NEIGHBOURS]]
     assert set(asked) <= set(experiment.QUERIES)

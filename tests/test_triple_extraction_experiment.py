@@ -19,24 +19,11 @@ from experiments import harness
 from experiments import triple_extraction as experiment
 
 QUICK = experiment.QUICK
-# So little training finds nothing in some evaluations, which is what the package warns of.
-pytestmark = pytest.mark.filterwarnings("ignore:0 subjects predicted:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def as_experiments_run():
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def record(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quick")
-    places = ["--output", str(folder / "record.json"), "--state", str(folder / "state")]
-    harness.main(experiment.EXPERIMENT, ["--quick", "--workers", "1", "--quiet", *places])
-    return json.loads((folder / "record.json").read_text())
+pytestmark = [
+    pytest.mark.usefixtures("as_experiments_run"),
+    # So little training finds nothing in some evaluations, which is what the package warns of.
+    pytest.mark.filterwarnings("ignore:0 subjects predicted:UserWarning"),
+]
 
 
 def a_job(variant=experiment.WEBNLG, settings=QUICK, folder=Path()):
@@ -52,15 +39,6 @@ def figures_of(job):
 
 def test_a_quick_run_has_every_figure(record):
     assert record["figures"].keys() == experiment.units(QUICK).keys()
-
-
-def test_the_figures_of_a_full_run_are_named_as_tables_are():
-    units = experiment.units(experiment.Settings())
-    for name in units:
-        row, _, column = name.partition(".")
-        assert "." not in column, name
-        assert row.partition("-")[2], name
-    assert {claim["figure"] for claim in experiment.PUBLISHED} <= units.keys()
 
 
 def test_no_published_figure_of_another_rule_or_task_is_comparable():
