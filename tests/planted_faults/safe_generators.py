@@ -21,7 +21,7 @@ FAULTS = [
         "            worker = torch.utils.data.get_worker_info()\n"
         "            number = index if worker is None else worker.id\n"
         "            return self.dataset.getitem(index, philox.at(epoch, number))",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_streams",
     ),
     Fault(
@@ -29,7 +29,7 @@ FAULTS = [
         STREAMS,
         "        states.at(epoch, index)\n        states.set()\n        return",
         "        states.at(0, index)\n        states.set()\n        return",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_streams",
     ),
     Fault(
@@ -54,7 +54,7 @@ FAULTS = [
         STREAMS,
         "        self.bits.state = self._state\n",
         '        self.bits.state = {**self.bits.state, "state": self._state["state"]}\n',
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_streams",
     ),
     Fault(
@@ -86,7 +86,7 @@ FAULTS = [
         SAMPLING,
         "epoch_order(self.length, self.seed, self.epoch)",
         "epoch_order(self.length, self.seed, 0)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_sampling",
     ),
     Fault(
@@ -102,7 +102,7 @@ FAULTS = [
         SAMPLING,
         "epoch_order(self.length, self.seed, self.epoch)",
         "epoch_order(self.length, self.seed + self.rank, self.epoch)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_sampling",
     ),
     Fault(
@@ -110,7 +110,7 @@ FAULTS = [
         SAMPLING,
         "consumed + self.rank * self.batch_size + np.arange",
         "consumed + np.arange",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_sampling",
     ),
     Fault(
@@ -118,7 +118,7 @@ FAULTS = [
         SAMPLING,
         "            return range(start, start + small + (self.rank < more))",
         "            return range(start, start + small + (more > 0))",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_sampling",
     ),
     Fault(
@@ -126,7 +126,7 @@ FAULTS = [
         SAMPLING,
         "        if share.size:",
         "        if share.size == self.batch_size:",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_sampling",
     ),
     Fault(
@@ -134,7 +134,7 @@ FAULTS = [
         SAMPLING,
         "return min(self.consumed + batches * self._global_batch, self.length)",
         "return min(self.consumed + batches * self.batch_size, self.length)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_sampling",
     ),
     Fault(
@@ -166,7 +166,7 @@ FAULTS = [
         PERMUTATION,
         "            found[outside] = self._permuted(found[outside])",
         "            found[outside] %= length",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_permutation",
     ),
     Fault(
@@ -174,7 +174,7 @@ FAULTS = [
         PERMUTATION,
         "_ROUNDS = 8",
         "_ROUNDS = 1",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_permutation",
     ),
     Fault(
@@ -182,7 +182,7 @@ FAULTS = [
         JOBS,
         "                key = SampleKey(epoch, index)\n",
         "                key = SampleKey(epoch + worker, index)\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_loader",
     ),
     Fault(
@@ -190,7 +190,7 @@ FAULTS = [
         ORDERS,
         "self.sampler.consumed_after(self._taken)",
         "self.sampler.consumed_after(self._taken + 2)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_loader",
     ),
     Fault(
@@ -198,7 +198,7 @@ FAULTS = [
         LOADER,
         "            self._order.begin(self.epoch + 1)\n            self._fresh = True\n",
         "            self._order.begin(self.epoch)\n            self._fresh = True\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_loader",
     ),
     Fault(
@@ -209,7 +209,7 @@ FAULTS = [
         "feed.in_flight.values()\n"
         "        ):\n",
         "        while not feed.exhausted:\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_loader",
     ),
     Fault(
@@ -217,7 +217,7 @@ FAULTS = [
         WORKERS,
         "yield Task(generation, self.serial, epoch, indices)",
         "yield Task(generation, self.serial, 0, indices)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_loader",
     ),
     Fault(
@@ -241,7 +241,7 @@ FAULTS = [
         JOBS,
         "task.epoch, consumer, self.workers * world, task.indices",
         "task.epoch, 0, 1, task.indices",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_loader",
     ),
     Fault(
@@ -341,7 +341,7 @@ FAULTS = [
         THREADS,
         "        with self._lock:\n            if self._failure is not None:\n",
         "        if True:\n            if self._failure is not None:\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_processes",
     ),
     Fault(
@@ -365,7 +365,7 @@ FAULTS = [
         PROCESSES,
         "os.register_at_fork(after_in_child=_forget_all)",
         "os.register_at_fork(after_in_child=lambda: None)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_processes",
     ),
     Fault(
@@ -405,7 +405,7 @@ FAULTS = [
         PROCESSES,
         "if each is not threading.current_thread()]",
         "if each is not threading.current_thread() and not each.daemon]",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_processes",
     ),
     Fault(
@@ -413,7 +413,7 @@ FAULTS = [
         SHARDING,
         "sample_generator(self.seed, epoch, shard)\n",
         "sample_generator(self.seed, epoch, consumer)\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_sharding",
     ),
     Fault(
@@ -421,7 +421,7 @@ FAULTS = [
         SHARDING,
         "place = worker.id * self.world_size + self.rank, worker.num_workers * self.world_size",
         "place = worker.id, worker.num_workers",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_sharding",
     ),
     Fault(
@@ -453,7 +453,7 @@ FAULTS = [
         SHARDING,
         "torch.zeros(2, dtype=torch.int64).share_memory_()",
         "torch.zeros(2, dtype=torch.int64)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_sharding",
     ),
     Fault(
