@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
-import torch
 
 ROOT = Path(__file__).parent
 # Looking for doctests would import them; there is Triton on Linux only.
@@ -39,6 +38,8 @@ def unchecked():
 @pytest.fixture
 def as_experiments_run():
     """A job sets the threads and the algorithms of its process: the suite has its own back."""
+    import torch  # not above, where it would read its number of threads before it is set
+
     threads = torch.get_num_threads()
     yield
     torch.use_deterministic_algorithms(False)
