@@ -487,6 +487,7 @@ def continued_after_an_error(num_workers):
 
 
 def ended_by(how):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     dataset = Failing("hangs", at=(20,)) if how == "interrupted" else Drawing()
     batches = loader(2, dataset, persistent_workers=how != "broken off")
     try:
