@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import jaxtyping
@@ -33,6 +34,24 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def child_output():
+    """`child_output(code)`: what it prints in a process where shapes are not checked.
+
+    The compiler does not see through the checks.
+    """
+
+    def run(code, *warnings):
+        flags = [word for each in warnings or ["ignore"] for word in ("-W", each)]
+        command = [sys.executable, *flags, "-c", textwrap.dedent(code)]
+        env = os.environ | {"CLN_TUTORIAL_CHECK_SHAPES": "0"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture

@@ -6,9 +6,6 @@ are five standard errors of the true estimator at a fixed seed.
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -240,7 +237,7 @@ def test_the_global_generator_is_neither_read_nor_moved():
     assert first[1].equal(counter_uniform(1, 1, 10))
 
 
-def test_numbers_can_be_made_inside_a_compiled_function():
+def test_numbers_can_be_made_inside_a_compiled_function(child_output):
     code = (
         "import torch\n"
         "from cln_tutorial.energy_models.philox import counter_normal, counter_uniform\n"
@@ -250,8 +247,7 @@ def test_numbers_can_be_made_inside_a_compiled_function():
         "    (z, u), (other_z, other_u) = f(step), compiled(step)\n"
         "    assert (z - other_z).abs().max() < 3e-6 and u.equal(other_u)\n"
     )
-    env = {**os.environ, "CLN_TUTORIAL_CHECK_SHAPES": "0"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    child_output(code)
 
 
 @pytest.mark.usefixtures("unchecked")

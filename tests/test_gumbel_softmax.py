@@ -4,9 +4,6 @@ Statistical tests have one fixed seed; their false-alarm rate is the level that 
 """
 
 import math
-import os
-import subprocess
-import sys
 from fractions import Fraction
 
 import numpy as np
@@ -434,7 +431,7 @@ def test_the_number_of_threads_does_not_change_a_sum():
 # --- the transforms of PyTorch --------------------------------------------------------------------
 
 
-def test_a_compiled_draw_has_the_same_law():
+def test_a_compiled_draw_has_the_same_law(child_output):
     # In a process of its own: the compiler cannot look into the shape checks of the suite.
     code = """
 import torch
@@ -447,10 +444,7 @@ for backend in ("reference", "tiled"):
     )
     print(*(draw(logits) % 4).bincount(minlength=4).tolist())
 """
-    env = os.environ | {"CLN_TUTORIAL_CHECK_SHAPES": "0"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert run.returncode == 0, run.stderr
-    for line in run.stdout.splitlines():
+    for line in child_output(code).splitlines():
         *found, impossible = map(int, line.split())
         assert impossible == 0
         assert stats.chisquare(found, [10_000, 6000, 4000]).pvalue > LEVEL

@@ -5,9 +5,6 @@ number that occurs, which may be the temperature. The slack is 1e-12 of it.
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -565,7 +562,7 @@ def test_autocast_does_not_change_a_value():
             assert smooth_max(x, 0.3, kind=kind).equal(plain)
 
 
-def test_the_compiler_takes_each_kind_whole():
+def test_the_compiler_takes_each_kind_whole(child_output):
     # In a process of its own: the compiler cannot look into the shape checks of the suite.
     code = """
 import torch
@@ -590,18 +587,13 @@ for plain, of_compiler in zip(*found):
     torch.testing.assert_close(plain, of_compiler, rtol=1e-13, atol=1e-15)
 print("done", len(functions))
 """
-    env = os.environ | {"CLN_TUTORIAL_CHECK_SHAPES": "0"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["done", "18"]
+    assert child_output(code).split() == ["done", "18"]
 
 
-def test_importing_brings_no_compiler():
+def test_importing_brings_no_compiler(child_output):
     code = "import sys; import cln_tutorial.smoothing.maxima, cln_tutorial.smoothing.topk; "
     code += "print([m for m in ('numba', 'sklearn', 'matplotlib', 'triton') if m in sys.modules])"
-    env = os.environ | {"CLN_TUTORIAL_CHECK_SHAPES": "0"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert run.stdout.strip() == "[]", run.stderr
+    assert child_output(code).strip() == "[]"
 
 
 def test_all_kinds_are_tested_here():

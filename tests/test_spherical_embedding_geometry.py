@@ -1,10 +1,6 @@
 """The sphere itself: closed forms, accuracy at every angle, and every transform of PyTorch."""
 
 import math
-import os
-import subprocess
-import sys
-import textwrap
 import warnings
 from functools import partial
 
@@ -64,16 +60,6 @@ def angle_in_float64(x, y):
     """The angle between the directions of rows of any dtype."""
     x, y = (t.double() / t.double().norm(dim=-1, keepdim=True) for t in (x, y))
     return 2 * torch.atan2((x - y).norm(dim=-1), (x + y).norm(dim=-1))
-
-
-def run_in_a_child(code):
-    """Where shapes are not checked: the compiler does not see through the checks."""
-    env = os.environ | {"CLN_TUTORIAL_CHECK_SHAPES": "0"}
-    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c"]
-    child = subprocess.run(
-        [*command, textwrap.dedent(code)], capture_output=True, text=True, env=env
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
 
 
 # --- tangent vectors and the ways back ------------------------------------------------------------
@@ -606,8 +592,8 @@ def test_vmap_of_transport_and_mean_is_the_loop():
     assert torch.allclose(torch.vmap(mean)(clouds), looped, rtol=0, atol=1e-14)
 
 
-def test_compiled_without_a_break_the_geometry_is_the_same():
-    run_in_a_child("""
+def test_compiled_without_a_break_the_geometry_is_the_same(child_output):
+    code = """
         import torch
         from cln_tutorial.spherical_embedding.geometry import *
         torch.manual_seed(0)
@@ -628,11 +614,14 @@ def test_compiled_without_a_break_the_geometry_is_the_same():
             for value, exactly in zip(found, all_of_it(x, y), strict=True):
                 assert torch.allclose(value, exactly, rtol=0, atol=1e-12, equal_nan=True)
             assert found[9].isnan().all()
-    """)
+    """
+    child_output(code, "error", "ignore::DeprecationWarning")
 
 
-def test_the_compiler_of_the_cpu_keeps_the_accuracy_of_small_angles_and_the_derivative():
-    run_in_a_child("""
+def test_the_compiler_of_the_cpu_keeps_the_accuracy_of_small_angles_and_the_derivative(
+    child_output,
+):
+    code = """
         import torch
         from cln_tutorial.spherical_embedding.geometry import geodesic_distance
         x, y = torch.tensor([[1.0, 0.0]], requires_grad=True), torch.tensor([[1.0, 1e-6]])
@@ -640,7 +629,8 @@ def test_the_compiler_of_the_cpu_keeps_the_accuracy_of_small_angles_and_the_deri
         assert abs(found.item() - 1e-6) < 1e-12, found
         found.sum().backward()
         assert torch.allclose(x.grad, torch.tensor([[0.0, -1.0]]), atol=1e-5), x.grad
-    """)
+    """
+    child_output(code, "error", "ignore::DeprecationWarning")
 
 
 # --- extremes and bad input -----------------------------------------------------------------------

@@ -3,10 +3,6 @@
 import copy
 import io
 import math
-import os
-import subprocess
-import sys
-import textwrap
 import warnings
 
 import pytest
@@ -612,7 +608,7 @@ def test_both_updates_map_over_a_batch_of_problems():
             assert torch.allclose(value, torch.stack(exactly), rtol=0, atol=1e-15)
 
 
-def test_compiled_without_a_break_both_updates_are_the_same():
+def test_compiled_without_a_break_both_updates_are_the_same(child_output):
     code = """
         import torch
         from cln_tutorial.spherical_embedding.geometry import random_unit, tangent_project
@@ -640,12 +636,7 @@ def test_compiled_without_a_break_both_updates_are_the_same():
         fused = torch.compile(sgd_update, fullgraph=True)(g, x, lr=0.1)[0]
         assert torch.allclose(fused, sgd_update(g, x, lr=0.1)[0], rtol=0, atol=4e-7)
     """
-    env = os.environ | {"CLN_TUTORIAL_CHECK_SHAPES": "0"}
-    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c"]
-    child = subprocess.run(
-        [*command, textwrap.dedent(code)], capture_output=True, text=True, env=env
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
+    child_output(code, "error", "ignore::DeprecationWarning")
 
 
 # --- PyTorch's customs ----------------------------------------------------------------------------
