@@ -6,7 +6,8 @@ NAME =
 export TORCH CONSTRAINTS
 
 RUN := .venv/bin/python
-PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
+# Files in their order: the largest first would leave the pages for Colab to one worker at the end.
+PYTEST := $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 NEED_NAME = $(if $(NAME),,$(error say which chapter, for example: make $@ NAME=conditional_norm))
 NEED_FILE = $(NEED_NAME)$(if $(wildcard $(1)/$(NAME).py),,$(error there is no $(1)/$(NAME).py))
 
