@@ -48,6 +48,7 @@ WINDOWS = {
         "has_touch": True,
     },
 }
+DIAGONAL = [("desktop", "light"), ("phone", "dark")]
 
 
 def documents(node):
@@ -362,8 +363,10 @@ def test_the_page_is_complete_quiet_and_accessible(name, window, scheme, home, r
         *console_errors(reader),
         *failed_requests(reader),
         *foreign_requests(reader, home),
-        *axe_violations(page),
     ]
+    # The API is large and of one pattern: there axe sees each window and each scheme once.
+    if not name.startswith("book/api/") or (window, scheme) in DIAGONAL:
+        findings += axe_violations(page)
     assert not findings, report(findings, name, window, scheme)
 
 
@@ -507,12 +510,27 @@ def test_the_copy_button_leaves_prompts_and_outputs_out(home, readers):
     assert pages, "not even the API shows an example with prompts"
     for name in pages:
         page = readers().open(f"{home}{name}.html")
-        blocks = page.locator(".highlight").filter(has_text=re.compile("^>>> ")).all()
-        assert blocks, name
-        for block in blocks:
-            lines = block.locator("pre").inner_text().splitlines()
+        examples = page.evaluate("""async () => {
+            const examples = []
+            for (const block of document.querySelectorAll('.highlight')) {
+                const shown = block.querySelector('pre').innerText
+                if (!shown.startsWith('>>> ')) continue
+                await navigator.clipboard.writeText('')
+                block.querySelector('button.copybtn').click()
+                let copied = ''
+                for (let tries = 0; !copied && tries < 2000; tries++) {
+                    await new Promise(done => setTimeout(done, 5))
+                    copied = await navigator.clipboard.readText()
+                }
+                examples.push([shown, copied])
+            }
+            return examples
+        }""")
+        assert examples, name
+        for shown, copied_text in examples:
+            lines = shown.splitlines()
             code = [line[4:] for line in lines if line.startswith((">>> ", "... "))]
-            assert copied(page, block).split("\n") == code, name
+            assert copied_text.split("\n") == code, name
 
 
 @pytest.mark.parametrize("name", CHAPTERS)

@@ -118,7 +118,7 @@ def test_everything_of_a_chapter_stands_under_its_one_name(name):
         f"tests/planted_faults/{name}.py",
     ]:
         assert list(ROOT.glob(pattern)), f"chapter {name} has no {pattern}"
-    assert f"cln_tutorial.{name}" in (ROOT / "book/api.md").read_text()
+    assert f"automodule:: cln_tutorial.{name}\n" in (ROOT / f"book/api/{name}.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -133,11 +133,11 @@ def test_nothing_stands_under_a_name_that_is_no_chapter(folder, pattern):
 def test_the_table_of_contents_lists_every_page_once():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     listed = [toc["root"], *(c["file"] for part in toc["parts"] for c in part["chapters"])]
-    with_code = {f"book/notebooks/{name}" for name in twins.pages()}
-    plain = {f"book/{p.stem}" for p in (ROOT / "book").glob("*.md")}
-    assert sorted(listed) == sorted(
-        with_code | {p for p in plain if Path(p).stem not in twins.pages()}
-    )
+    texts = {p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.glob("book/**/*.md")}
+    with_code = {f"book/{name}" for name in twins.pages()}
+    assert with_code < texts
+    notebooks = {f"book/notebooks/{name}" for name in twins.pages()}
+    assert sorted(listed) == sorted(texts - with_code | notebooks)
 
 
 def texts():
