@@ -22,6 +22,7 @@ import torch
 from benchmarks import (
     conditional_norm,
     energy_models,
+    gan_architectures,
     gumbel_softmax,
     harness,
     intermediate_variables,
@@ -1388,3 +1389,117 @@ def test_a_loader_library_that_is_not_there_is_named_and_left_out(monkeypatch):
     assert module.missing("cpu") == {module.STATEFUL: "torchdata is not installed"}
     case = a_case_of_loaders(module.EPOCH)
     assert module.STATEFUL not in case.contenders(case, "cpu")
+
+
+# --- the benchmark of GAN architectures -----------------------------------------------------------
+
+
+def test_the_quick_benchmark_of_norms_runs_and_all_contenders_are_right(tmp_path):
+    module, part = gan_architectures, quick_part("gan_architectures", tmp_path)
+    wanted = {"eager", "clone", *module.BACKENDS["cpu"]} - part["missing"].keys()
+    for row in part["rows"]:
+        assert row["refused"] == {}, row
+        assert row["contenders"].keys() == (
+            {"eager", "auto"} if row["op"] in module.STEPS else wanted
+        )
+    assert {row["setting"] for row in part["rows"]} == {"default", "fixed heap"}
+
+
+def a_case_of_norms(op, mode):
+    return next(c for c in gan_architectures.quick("cpu") if (c.op, c.mode) == (op, mode))
+
+
+def test_the_float64_batch_norm_and_its_statistics_are_those_of_pytorch():
+    x, dy = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0)).unbind()
+    gamma = torch.tensor([0.5, 0.0, -0.5, 1.0]).expand(3, 4)
+    found = gan_architectures._truth(x, gamma, 0 * gamma, dy)
+    plain = torch.nn.BatchNorm2d(4).double()
+    expected = (plain(x.double()) * (1 + gamma.double())[:, :, None, None]).relu()
+    torch.testing.assert_close(found["y"], expected.detach())
+    torch.testing.assert_close(found["mean"], plain.running_mean)
+    torch.testing.assert_close(found["var"], plain.running_var)
+    torch.testing.assert_close(found["dbeta"], (dy * (expected > 0)).double().sum((2, 3)))
+
+
+WRONG_NORMS = {
+    "gamma without 1": lambda right, x, *rest, **options: right(
+        x, *rest, **options | {"gain_offset": 0.0}
+    ),
+    "no ReLU": lambda right, *rest, **options: right(*rest, **options | {"activation": None}),
+    "statistics stand still": lambda right, *rest, **options: right(
+        *rest, **options | {"momentum": 0.0}
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_NORMS.values(), ids=WRONG_NORMS)
+def test_the_gate_of_norms_refuses_another_function_or_statistics(wrong, monkeypatch):
+    module = gan_architectures
+    changed = functools.partial(wrong, module.modulated_batch_norm)
+    monkeypatch.setattr(module, "modulated_batch_norm", changed)
+    case = a_case_of_norms(module.NORM, module.FORWARD)
+    passed, _ = harness.gate(case, case.contenders(case, "cpu"))
+    assert passed.keys() == {"eager", "clone"}
+
+
+def test_the_gate_of_norms_refuses_a_gradient_that_leaves_out_the_statistics(monkeypatch):
+    module, right = gan_architectures, gan_architectures.modulated_batch_norm
+
+    def wrong(x, gamma, beta, mean, var, **options):
+        y = right(x.detach(), gamma, beta, mean, var, **options)
+        return y + 0 * x.repeat_interleave(options["upsample"], 2).repeat_interleave(
+            options["upsample"], 3
+        )
+
+    monkeypatch.setattr(module, "modulated_batch_norm", wrong)
+    for op in (module.NORM, module.UPSAMPLED):
+        case = a_case_of_norms(op, module.BOTH)
+        passed, refused = harness.gate(case, case.contenders(case, "cpu"))
+        assert passed.keys() == {"eager", "clone"}
+        assert all(why.startswith("dx is wrong") for why in refused.values())
+
+
+@pytest.mark.parametrize("op", gan_architectures.STEPS)
+def test_the_gate_of_steps_refuses_a_wrong_gradient_inside_the_generator(op, monkeypatch):
+    module = gan_architectures
+    for where in ("blocks", "norms"):
+        package = importlib.import_module(f"cln_tutorial.gan_architectures.{where}")
+        right = package.modulated_batch_norm
+
+        def steep(x, *rest, right=right, **options):
+            return right(1.1 * x - 0.1 * x.detach(), *rest, **options)
+
+        monkeypatch.setattr(package, "modulated_batch_norm", steep)
+    case = a_case_of_norms(op, module.ONE)
+    passed, refused = harness.gate(case, case.contenders(case, "cpu"))
+    assert passed.keys() == {"eager"}
+    assert refused["auto"].startswith("gradient of G is wrong")
+
+
+def test_goals_of_norms_take_the_worst_row_of_large_maps():
+    module, large, small = gan_architectures, [64, 64, 8, 8], [64, 64, 4, 4]
+
+    def row(shape, mode, op=module.NORM, **ratios):
+        names = {"compiled": "torch.compile"}
+        contenders = {
+            names.get(name, name): {"cpu": {"ratio": {"median": ratio}}}
+            for name, ratio in ratios.items()
+        }
+        return {"op": op, "shape": shape, "mode": mode, "contenders": contenders}
+
+    rows = [
+        row(large, module.FORWARD, eager=1.0, numba=3.5, auto=3.4, compiled=3.6),
+        row(large, module.FORWARD, eager=1.0, numba=3.1, auto=3.4),
+        row(small, module.FORWARD, eager=1.0, numba=0.5, auto=0.95),
+        row(large, module.RECORDED, eager=1.0, numba=2.9, auto=2.9),
+        row(large, module.BOTH, eager=1.0, numba=2.5, native=1.2, auto=2.5, compiled=0.5),
+        row(large, module.BOTH, module.UPSAMPLED, eager=1.0, numba=0.1, native=0.1, auto=0.85),
+        row([64, 1, 16, 16], module.ONE, next(iter(module.STEPS)), eager=1.0, auto=1.06),
+    ]
+    entries = [goal.entry(rows) for goal in module.goals("cpu")]
+    reached = [3.1, 2.9, 2.5, 5.0, 3.5 / 3.6, 1.2, 0.85, 1.06]
+    assert [entry["reached"] for entry in entries] == pytest.approx(reached)
+    met = [True, False, True, True, False, True, False, True]
+    assert [entry["met"] for entry in entries] == met
+    for goal in module.goals("cpu"):
+        assert goal.entry([])["met"] is None
