@@ -203,7 +203,7 @@ FAULTS = [
         NORMS,
         "return 1 + gain.to(wide_dtype(gain.dtype)), ",
         "return gain.to(wide_dtype(gain.dtype)), ",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_norms",
     ),
     Fault(
@@ -222,7 +222,7 @@ FAULTS = [
         "        for k in y.unique():\n"
         '            out[y == k] = self._modulate(x[y == k], "y", y[y == k])\n'
         "        return out\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_norms",
     ),
     Fault(
@@ -230,7 +230,7 @@ FAULTS = [
         NORMS,
         "        self.hidden_shift = None if share_hidden else nn.Linear(",
         "        self.hidden_shift = nn.Linear(",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_norms",
     ),
     Fault(
@@ -246,7 +246,7 @@ FAULTS = [
         NORMS,
         'return moved if self.label_form == "paper" else z + moved',
         "return moved",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_norms",
     ),
     Fault(
@@ -360,7 +360,7 @@ FAULTS = [
         BLOCKS,
         "    return nn.ReLU() if activation",
         "    return nn.ReLU(inplace=True) if activation",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_blocks",
     ),
     Fault(
@@ -368,7 +368,7 @@ FAULTS = [
         BLOCKS,
         "scores.softmax(dim=-1)",
         "scores.softmax(dim=1)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_blocks",
     ),
     Fault(
@@ -376,7 +376,7 @@ FAULTS = [
         BLOCKS,
         "y = x + self.gain * self.out(",
         "y = x + self.out(",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_blocks",
     ),
     Fault(
@@ -384,7 +384,7 @@ FAULTS = [
         BLOCKS,
         "weight[::phases].repeat_interleave(phases, dim=0)",
         "weight[::phases].repeat(phases, *(1,) * (weight.ndim - 1))",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_blocks",
     ),
     Fault(
@@ -424,7 +424,7 @@ FAULTS = [
         NETWORKS,
         "layer_z.get(layer, z)",
         "layer_z.get(layer - 1, z)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_networks",
     ),
     Fault(
@@ -520,7 +520,7 @@ FAULTS = [
         ANALYSIS,
         "per_axis = -((phase - k) // s)",
         "per_axis = (k - phase) // s",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_analysis",
     ),
     Fault(
@@ -560,7 +560,7 @@ FAULTS = [
         ANALYSIS,
         "        reach += dilation * (kernel - 1) * jump\n        jump *= stride\n",
         "        jump *= stride\n        reach += dilation * (kernel - 1) * jump\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_analysis",
     ),
     Fault(
@@ -568,7 +568,7 @@ FAULTS = [
         ANALYSIS,
         "seen = moved if alternating else theta",
         "seen = moved",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_analysis",
     ),
     Fault(
@@ -576,7 +576,7 @@ FAULTS = [
         ANALYSIS,
         "judge_slope(seen * psi) - gamma * psi)",
         "judge_slope(seen * psi) - gamma / 2 * psi)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_analysis",
     ),
     Fault(
@@ -608,7 +608,7 @@ FAULTS = [
         SPECTRAL,
         "torch.fft.rfft2(wide, size)",
         "torch.fft.rfft2(wide)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_spectral",
     ),
     Fault(
@@ -744,7 +744,7 @@ FAULTS = [
         LOSSES,
         "logits.sum(), x, create_graph",
         "logits.mean(), x, create_graph",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_losses",
     ),
     Fault(
@@ -768,7 +768,7 @@ FAULTS = [
         LOSSES,
         "    lambda real, fake: softplus(-fake).mean(),\n",
         "    lambda real, fake: -(fake.sigmoid() + 1e-8).log().mean(),\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_losses",
     ),
     Fault(
@@ -827,7 +827,7 @@ FAULTS = [
         METRICS,
         "    return (sums - itself) / (len(x) - 1)\n",
         "    return sums / len(x)\n",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_metrics",
     ),
     Fault(
@@ -835,7 +835,7 @@ FAULTS = [
         METRICS,
         "stderr = 2 * math.sqrt(",
         "stderr = math.sqrt(",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_metrics",
     ),
     Fault(
@@ -859,7 +859,7 @@ FAULTS = [
         METRICS,
         "(fx - mean_x) / math.sqrt(len(fx) - 1)",
         "(fx - mean_x) / math.sqrt(len(fx))",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_metrics",
     ),
     Fault(
@@ -867,7 +867,7 @@ FAULTS = [
         METRICS,
         "(2 * eigs.sum() + pairs.sum() + pairs.trace())",
         "(2 * eigs.sum() + pairs.sum())",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_metrics",
     ),
     Fault(
