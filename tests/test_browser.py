@@ -159,6 +159,8 @@ class Reader:
             self.failed.append(f"{response.url} ({response.status})")
 
     def open(self, url):
+        # First nowhere: what the page before still asks for is broken off, and is not this one's.
+        self.page.goto("about:blank")
         for notes in (self.said, self.asked, self.failed):
             notes.clear()
         self.page.goto(url)
