@@ -189,8 +189,8 @@ def test_no_module_outgrows_one_file():
 
 
 def test_importing_the_package_is_cheap_and_brings_nothing_heavy():
-    # Seconds depend on what else runs, their ratio does not: 50 ms (the design's bound) are a
-    # twenty-fifth of the 1.25 s that torch itself takes where nothing else does.
+    # Seconds depend on what else runs, their ratio does not: 50 ms, the design's bound, are 0.038
+    # of the 1.32 s that torch itself takes on an idle machine.
     code = """
 import sys, time
 start = time.process_time()
@@ -201,7 +201,7 @@ import cln_tutorial.datasets, cln_tutorial.results
 share = (time.process_time() - between) / (between - start)
 heavy = {"matplotlib", "sklearn", "transformers", "triton", "numba", "pooch"} & set(sys.modules)
 assert not heavy, heavy
-assert share < 0.04, share
+assert share < 0.038, share
 """
     # Once before the clock counts, so that no file is compiled or read for the first time.
     for each in ["import cln_tutorial.datasets, cln_tutorial.results", code]:
