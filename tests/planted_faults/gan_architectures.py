@@ -972,7 +972,7 @@ FAULTS = [
         TRAINING,
         'buffers="average"',
         'buffers="copy"',
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_training",
     ),
     Fault(
@@ -993,7 +993,7 @@ FAULTS = [
         "        for z in batches:\n"
         "            run(G, z)\n"
         "    return G.train(modes)",
-        shows_on_page=False,
+        shows_on_page=True,
         tests="_training",
     ),
     Fault(
