@@ -10,6 +10,7 @@ import hashlib
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import jupytext
@@ -73,7 +74,9 @@ def execute(name: str) -> None:
         # A cell that prints slowly would have several boxes.
         client = NotebookClient(notebook, timeout=300, resources=resources, coalesce_streams=True)
         client.record_timing = False
+        start = time.perf_counter()
         client.execute(env=env)
+        notebook.metadata["seconds"] = round(time.perf_counter() - start)
     notebook.metadata.pop("language_info", None)
     temporary = twin_path(name).with_suffix(".tmp")
     nbformat.write(notebook, temporary)

@@ -160,7 +160,12 @@ def test_one_address_of_the_repository_everywhere():
     assert not [each for each in found if each[1] != owner]
     files = {path for path, _ in found}
     assert {"README.md", "CITATION.cff", "CHANGELOG.md", "book/intro.md"} <= files
-    assert "colab.research.google.com/github/" in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_opens_each_chapter_on_colab_in_the_book_s_order():
+    badges = re.findall(r"/notebooks/(\w+)\.ipynb", (ROOT / "README.md").read_text())
+    pages = re.findall(r"/notebooks/(\w+)", (ROOT / "_toc.yml").read_text())
+    assert badges == [name for name in pages if name != "results"]
 
 
 def test_one_version_number_in_one_place():

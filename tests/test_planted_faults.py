@@ -49,7 +49,7 @@ def run_in(copy: Path, *selected: str) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "PYTHONPATH"))}
     if "CLN_TUTORIAL_DATA" in env:
         env["CLN_TUTORIAL_DATA"] = str(Path(env["CLN_TUTORIAL_DATA"]).resolve())
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *selected]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", *selected]
     return subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
 
 
@@ -62,26 +62,27 @@ def test_every_fault_names_text_that_stands_once_in_its_file(chapter):
 
 
 @pytest.mark.parametrize(("chapter", "fault"), list(cases()))
-def test_the_fault_turns_the_chapter_red(chapter, fault, copy):
+def test_the_fault_turns_the_chapter_red_and_without_it_the_same_test_is_green(
+    chapter, fault, copy
+):
     path = copy / "cln_tutorial" / fault.file
-    path.write_text(path.read_text().replace(fault.old, fault.new))
+    right = path.read_text()
+    path.write_text(right.replace(fault.old, fault.new))
 
-    tests = run_in(copy, "-m", "not slow", f"tests/test_{chapter}{fault.tests}.py")
-    assert tests.returncode == RED, f"the tests miss it\n{tests.stdout[-2000:]}"
+    tests = ["-m", "not slow", f"tests/test_{chapter}{fault.tests}.py"]
+    run = run_in(copy, *tests)
+    assert run.returncode == RED, f"the tests miss it\n{run.stdout[-2000:]}"
     if fault.shows_on_page:
-        page = run_in(copy, "-m", "", f"book/notebooks/{chapter}.ipynb")
+        page = run_in(copy, "-p", "no:cacheprovider", "-m", "", f"book/notebooks/{chapter}.ipynb")
         assert page.returncode == RED, f"the page misses it\n{page.stdout[-2000:]}"
 
-
-def cases_of_copies():
-    for chapter in CHAPTERS:
-        yield pytest.param(f"tests/test_{chapter}.py", id=chapter)
-        page = f"book/notebooks/{chapter}.ipynb"
-        if (ROOT / page).exists():
-            yield pytest.param(page, id=f"page {chapter}", marks=pytest.mark.slow)
+    path.write_text(right)
+    run = run_in(copy, "--last-failed", *tests)
+    assert run.returncode == GREEN, run.stdout[-2000:]
 
 
-@pytest.mark.parametrize("path", list(cases_of_copies()))
-def test_the_untouched_copy_is_green(path, copy):
-    run = run_in(copy, "-m", "not slow", path)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [c for c in CHAPTERS if (ROOT / f"book/{c}.md").exists()])
+def test_the_untouched_copy_of_the_page_is_green(page, copy):
+    run = run_in(copy, "-m", "", f"book/notebooks/{page}.ipynb")
     assert run.returncode == GREEN, run.stdout[-2000:]
