@@ -450,8 +450,9 @@ def test_the_navigation_of_the_first_page_lists_every_page():
     assert {(HTML / f"{name}.html").resolve() for name in others} <= linked
 
 
-@pytest.mark.parametrize("place", ["served", "disk"])
-@pytest.mark.parametrize("name", CHAPTERS)
+@pytest.mark.parametrize(
+    ("name", "place"), [*((name, "served") for name in CHAPTERS), (CHAPTERS[0], "disk")]
+)
 def test_typing_the_title_of_a_chapter_into_the_search_finds_it(name, place, home, readers):
     root = home if place == "served" else HTML.as_uri() + "/"
     page = readers().open(f"{root}{TOC[0]}.html")

@@ -194,8 +194,6 @@ def test_no_module_outgrows_one_file():
 
 
 def test_importing_the_package_is_cheap_and_brings_nothing_heavy():
-    # Seconds depend on what else runs, their ratio does not: 50 ms, the design's bound, are 0.038
-    # of the 1.32 s that torch itself takes on an idle machine.
     code = """
 import sys, time
 start = time.process_time()
@@ -203,14 +201,19 @@ import torch
 between = time.process_time()
 import cln_tutorial
 import cln_tutorial.datasets, cln_tutorial.results
-share = (time.process_time() - between) / (between - start)
+print((time.process_time() - between) / (between - start))
 heavy = {"matplotlib", "sklearn", "transformers", "triton", "numba", "pooch"} & set(sys.modules)
 assert not heavy, heavy
-assert share < 0.038, share
 """
-    # Once before the clock counts, so that no file is compiled or read for the first time.
-    for each in ["import cln_tutorial.datasets, cln_tutorial.results", code]:
-        subprocess.run([sys.executable, "-S", "-c", WITHOUT_SITE + each], check=True, cwd=ROOT)
+    command = [sys.executable, "-S", "-c", WITHOUT_SITE + code]
+    # Seconds depend on what else runs, their ratio hardly: 50 ms, the design's bound, are 0.038 of
+    # the 1.32 s that torch itself takes on an idle machine. What disturbs a run does not disturb
+    # all: the least of six counts, in the first of which files are read for the first time.
+    shares = (
+        float(subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=ROOT).stdout)
+        for _ in range(6)
+    )
+    assert any(share < 0.038 for share in shares)
 
 
 def test_importing_every_chapter_brings_nothing_heavy():

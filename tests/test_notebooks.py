@@ -122,7 +122,9 @@ def test_the_page_prints_the_same_on_another_processor(name, env):
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize(
+    "name", [PAGES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PAGES[1:])]
+)
 def test_one_changed_digit_of_a_stored_output_turns_nbval_red(name, tmp_path):
     notebook = twin(name)
     compared = [c for c in code_cells(notebook) if "nbval-ignore-output" not in str(c.metadata)]
