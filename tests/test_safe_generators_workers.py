@@ -130,7 +130,7 @@ def ended(how, busy, timeout, repetitions):
     found = []
     for _ in range(repetitions):
         dataset = Ending(how)
-        pool = pool_of(dataset, timeout=timeout, start_timeout=timeout)
+        pool = pool_of(dataset, timeout=timeout)
         pool.begin(7, batches())
         try:
             while True:
