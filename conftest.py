@@ -12,6 +12,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import hypothesis
 import jaxtyping
 import pytest
 
@@ -26,6 +27,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(KERNEL_START)])
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: more threads only wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
+
+# The same examples in every run, and as much time for each as the machine takes.
+hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture
